@@ -1,0 +1,291 @@
+"""The knobs of a run: frozen dataclasses, one a config group.
+
+A field's ``metadata`` carries the rule that ``parse`` enforces (see ``rule``); rules that join several fields
+are in ``check`` methods, which return sentences naming the key, the rule and the fix. Model fields carry the names of
+the released ``config.json`` of Kimi K2, so that what is written here can be compared with it line by line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def rule(
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    one_of: tuple[str, ...] | None = None,
+    even: bool = False,
+) -> Any:
+    """A required field with the values it may take; ``parse`` turns a breach into a sentence that names the key."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "one_of": one_of}
+    return field(
+        metadata={key: value for key, value in bounds.items() if value is not None} | ({"even": True} if even else {})
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+    """YaRN (arXiv 2309.00071) with DeepSeek-V3's names; null in the model config switches it off."""
+
+    factor: float = rule(above=1)
+    original_max_position_embeddings: int = rule(at_least=1)
+    beta_fast: float = rule(above=0)
+    beta_slow: float = rule(above=0)
+    mscale: float = rule(at_least=0)
+    mscale_all_dim: float = rule(at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of a DeepSeek-V3 / Kimi K2 transformer, in the names of the released ``config.json``."""
+
+    vocab_size: int | None = rule(
+        at_least=1
+    )  # null: the tokenizer's size, rounded up to data.tokenizer.pad_to_multiple
+    hidden_size: int = rule(at_least=1)
+    num_hidden_layers: int = rule(at_least=1)
+    first_k_dense_replace: int = rule(at_least=0)
+    num_attention_heads: int = rule(at_least=1)
+    q_lora_rank: int | None = rule(at_least=1)
+    kv_lora_rank: int = rule(at_least=1)
+    qk_nope_head_dim: int = rule(at_least=1)
+    qk_rope_head_dim: int = rule(at_least=2, even=True)
+    v_head_dim: int = rule(at_least=1)
+    intermediate_size: int = rule(at_least=1)
+    moe_intermediate_size: int = rule(at_least=1)
+    n_routed_experts: int = rule(at_least=1)
+    num_experts_per_tok: int = rule(at_least=1)
+    n_shared_experts: int = rule(at_least=0)
+    n_group: int = rule(at_least=1)
+    topk_group: int = rule(at_least=1)
+    norm_topk_prob: bool = rule()
+    routed_scaling_factor: float = rule(above=0)
+    max_position_embeddings: int = rule(at_least=1)
+    rope_theta: float = rule(above=0)
+    rope_scaling: RopeScalingConfig | None = rule()
+    rms_norm_eps: float = rule(above=0)
+    tie_word_embeddings: bool = rule()
+    initializer_range: float = rule(above=0)
+    router_bias_rate: float = rule(at_least=0)  # u in bias += u * sign(mean load - load); DeepSeek-V3: 1e-3
+    balance_loss_weight: float = rule(at_least=0)  # alpha of DeepSeek-V3's sequence-wise balance loss (1e-4); 0: off
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        if self.num_experts_per_tok > self.n_routed_experts:
+            yield (
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"n_routed_experts={self.n_routed_experts}: a token cannot go to more experts than there are; lower the first or raise the second"
+            )
+        if self.n_routed_experts % self.n_group:
+            yield f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}"
+        elif self.topk_group > self.n_group:
+            yield f"topk_group={self.topk_group} must not exceed n_group={self.n_group}"
+        elif self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group):
+            yield f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of topk_group={self.topk_group} groups"
+        elif self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            yield f"n_group={self.n_group} leaves groups of one expert; a group is scored by its two best experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which tokenizer the data is encoded with."""
+
+    kind: str = rule(one_of=("bpe",))  # byte-level BPE trained on the training split
+    vocab_size: int = rule(at_least=257, at_most=163840)  # tokens including the 256 bytes and the special tokens
+    pad_to_multiple: int = rule(at_least=1)  # the model's vocabulary is rounded up to a multiple of this
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it is split and encoded."""
+
+    source: str = rule(one_of=("stdlib", "folder"))
+    path: str | None = rule()  # source=folder: the folder
+    include: tuple[str, ...] = rule()  # file name patterns (fnmatch on the path relative to the folder)
+    exclude: tuple[str, ...] = rule()
+    held_out: float = rule(above=0, below=1)  # share of directory groups kept for validation, by hash
+    cache_dir: str | None = rule()  # null: $XDG_CACHE_HOME/k2train
+    tokenizer: TokenizerConfig = rule()
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        if self.source == "folder" and not self.path:
+            yield "path is missing: data=folder needs the folder to read, as in data.path=/home/me/code"
+        if self.source == "stdlib" and self.path:
+            yield f"path={self.path!r} is given but source=stdlib does not read it: add data=folder to train on it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleConfig:
+    """Learning rate and decoupled weight decay of one role of parameters."""
+
+    lr: float = rule(at_least=0)
+    weight_decay: float = rule(at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer. Matrices inside the blocks use Muon unless ``name`` is adamw; the rest always uses AdamW."""
+
+    name: str = rule(one_of=("muonclip", "muon", "adamw"))
+    lr: float = rule(at_least=0)  # the peak; roles refer to it
+    weight_decay: float = rule(at_least=0)
+    momentum: float = rule(at_least=0, below=1)
+    nesterov: bool = rule()
+    newton_schulz_steps: int = rule(at_least=1)
+    newton_schulz_dtype: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
+    betas: tuple[float, float] = rule(at_least=0, below=1)
+    eps: float = rule(above=0)
+    tau: float | None = rule(above=0)  # QK-Clip's threshold on the max attention logit; required by muonclip
+    clip_grad_norm: float = rule(at_least=0)  # by the raw global norm; 0: off
+    roles: dict[str, RoleConfig] = rule()  # embedding, head, attention, mlp, expert, router, norm
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        if self.name == "muonclip" and self.tau is None:
+            yield "tau is null but name=muonclip clips at it: set optim.tau=100 (K2's value), or use optim=muon"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Warm-up, stable, decay (WSD). The length of a run is steps or tokens, never a time."""
+
+    steps: int | None = rule(at_least=1)
+    tokens: int | None = rule(at_least=1)
+    warmup_steps: int = rule(at_least=0)
+    decay_fraction: float = rule(at_least=0, at_most=1)  # share of the run over which lr falls to final_lr_ratio
+    decay_shape: str = rule(one_of=("linear", "cosine"))
+    final_lr_ratio: float = rule(at_least=0, at_most=1)
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        if (self.steps is None) == (self.tokens is None):
+            yield (
+                f"steps={self.steps} and tokens={self.tokens}: give exactly one as the run's length, null as the other, "
+                "as in schedule.steps=null schedule.tokens=2000000"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The batch, the machine and the numbers it computes in."""
+
+    global_batch_size: int = rule(at_least=1)  # sequences a step, over all ranks
+    micro_batch_size: int = rule(at_least=1)  # sequences a rank computes at once; the rest is accumulated
+    sequence_length: int = rule(at_least=2)  # tokens
+    device: str = rule(one_of=("auto", "cpu", "cuda"))
+    precision: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
+    threads: int | None = rule(at_least=1)  # CPU threads a process; null: the cores of the node shared out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is split over processes."""
+
+    zero_stage: int = rule(at_least=1, at_most=2)
+    expert_parallel: int = rule(at_least=1)  # processes that share out the experts; must divide world size and experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """Held-out bits per byte."""
+
+    every: int = rule(at_least=0)  # steps; 0: only at the end
+    tokens: int = rule(at_least=1)  # of the held-out text, during the run; at the end all of it is read
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: int = rule(at_least=0)  # steps; 0: only at the end
+    keep: int = rule(at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Where metrics go beside the local metrics.jsonl."""
+
+    wandb: str = rule(one_of=("auto", "off", "offline", "online"))  # auto: online if logged in, else offline
+    project: str = rule()
+    log_every: int = rule(at_least=1)  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How text is sampled."""
+
+    prompt: str = rule()
+    max_tokens: int = rule(at_least=1)
+    temperature: float = rule(at_least=0)  # 0: always the likeliest token
+    top_p: float = rule(above=0, at_most=1)
+    seed: int = rule(at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that decides a run."""
+
+    name: str = rule()  # of the run; everything it writes lies in runs_dir/name
+    runs_dir: str = rule()
+    seed: int = rule(at_least=0)
+    model: ModelConfig = rule()
+    data: DataConfig = rule()
+    optim: OptimConfig = rule()
+    schedule: ScheduleConfig = rule()
+    train: TrainConfig = rule()
+    parallel: ParallelConfig = rule()
+    validate: ValidateConfig = rule()
+    checkpoint: CheckpointConfig = rule()
+    track: TrackConfig = rule()
+    generate: GenerateConfig = rule()  # the sample of text at the end of the run
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; a token budget is rounded up to whole steps."""
+        if self.schedule.steps is not None:
+            return self.schedule.steps
+        assert self.schedule.tokens is not None
+        return -(-self.schedule.tokens // (self.train.global_batch_size * self.train.sequence_length))
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields of different groups that contradict each other."""
+        if not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"):
+            yield f"name={self.name!r} must be a plain folder name: it names the run's folder under runs_dir"
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            yield (
+                f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
+                f"train.micro_batch_size={self.train.micro_batch_size}"
+            )
+        if self.model.n_routed_experts % self.parallel.expert_parallel:
+            yield (
+                f"parallel.expert_parallel={self.parallel.expert_parallel} must divide "
+                f"model.n_routed_experts={self.model.n_routed_experts}"
+            )
+        if self.schedule.warmup_steps > self.steps:
+            yield f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run of {self.steps} steps"
+        if self.train.sequence_length > self.model.max_position_embeddings:
+            yield (
+                f"train.sequence_length={self.train.sequence_length} is longer than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+
+    def check_world(self, world_size: int) -> Iterator[str]:
+        """Sentences on what this world size cannot run; apart from ``check`` as the config alone does not know it."""
+        share = self.train.micro_batch_size * world_size
+        if self.train.global_batch_size % share:
+            yield (
+                f"train.global_batch_size={self.train.global_batch_size} does not divide over {world_size} processes "
+                f"with train.micro_batch_size={self.train.micro_batch_size}: it must be a multiple of {share}"
+            )
+        if world_size % self.parallel.expert_parallel:
+            yield (
+                f"parallel.expert_parallel={self.parallel.expert_parallel} does not divide the {world_size} "
+                f"process{'es' if world_size > 1 else ''} of this run: "
+                "start a multiple of it with torchrun --nproc_per_node, or lower it"
+            )

@@ -1,0 +1,1 @@
+"""MuonClip: Muon plus per-head QK-Clip."""
