@@ -1,0 +1,67 @@
+"""What processes tell each other beside tensors of the model: numbers, JSON, and that something went wrong.
+
+Object collectives of torch.distributed pickle; these send JSON, so that nothing received is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class FailedTogether(RuntimeError):
+    """Another rank failed in a step that all ranks take or refuse together; its sentence is the message."""
+
+
+def sum_across(values: Sequence[float | torch.Tensor], *, device: torch.device | str = "cpu") -> list[float]:
+    """Sums scalars over all ranks in float64, in one all-reduce and one transfer to the host.
+
+    Args:
+        values: numbers or 0-d tensors, as many and in the same order on each rank.
+        device: where the reduction happens.
+    """
+    packed = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(packed)
+    return [float(v) for v in packed.tolist()]
+
+
+def gather_json(value: Any) -> list[Any]:
+    """What each rank gave, in rank order, on every rank. Values must be fit for JSON."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    lengths[dist.get_rank()] = len(data)
+    dist.all_reduce(lengths)
+    padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+    padded[: len(data)] = data
+    received = [torch.empty_like(padded) for _ in range(len(lengths))]
+    dist.all_gather(received, padded)
+    return [json.loads(bytes(part[:length].numpy())) for part, length in zip(received, lengths.tolist(), strict=True)]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that all ranks pass or none: if it raises anywhere, every rank leaves it with an error.
+
+    The rank that failed raises its own error, the others FailedTogether with that rank's sentence. Without this, the
+    ranks that passed would wait in their next collective for those that did not. The block itself must hold no
+    collective that a failing rank would miss.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, it is raised again below
+        failure = error
+    sentences = gather_json(None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    for rank, sentence in enumerate(sentences):
+        if sentence is not None:
+            raise FailedTogether(f"rank {rank}: {sentence}")
