@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 # A rank may prepare data or write a checkpoint while the others wait in a collective.
 TIMEOUT = timedelta(minutes=30)
@@ -47,7 +48,7 @@ def open_world(device: str) -> World:
         place, backend = _gpu(local_rank, local_size), "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         if size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
     return World(rank, size, local_rank, local_size, place)

@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: engine, ZeRO adapters, loop and what the person sees."""

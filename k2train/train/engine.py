@@ -1,0 +1,90 @@
+"""Model and optimizer under DeepSpeed: the JSON that it wants is made from the typed config, not from a second file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from muonclip import MuonClip, QKClip, split_parameters
+
+from k2train.comm import World
+from k2train.config import OptimConfig, RunConfig
+from k2train.model import Transformer
+
+# Hidden matrices; all other roles (embedding, head, norm) always use AdamW. MuonClip: arXiv 2507.20534, section 2.1.
+MUON_ROLES = ("attention", "mlp", "expert", "router")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """fp32 or bf16; ``auto`` is bf16 on a GPU and fp32 on a CPU, where small models train faster in it."""
+    return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
+def build_optimizer(config: OptimConfig, model: Transformer, *, expert_group: str, device: torch.device) -> MuonClip:
+    """The optimizer over all parameters, a group a role.
+
+    Args:
+        config: which algorithm, learning rates and decay by role.
+        model: its parameters and roles.
+        expert_group: DeepSpeed's name of the expert groups, which it wants on the group of expert parameters.
+        device: decides the precision of Newton-Schulz if the config leaves it open.
+    """
+    groups = split_parameters(model.named_parameters(), model.parameter_roles())
+    for group in groups:
+        role = group["role"]
+        group["algorithm"] = "muon" if config.name != "adamw" and role in MUON_ROLES else "adamw"
+        group["lr"] = group["peak_lr"] = config.roles[role].lr
+        group["weight_decay"] = config.roles[role].weight_decay
+        if role == "expert":
+            group |= {"moe": True, "name": expert_group}
+    bf16 = config.newton_schulz_dtype == "bf16" or (config.newton_schulz_dtype == "auto" and device.type == "cuda")
+    clip = QKClip(
+        model.attention_layers(),
+        tau=config.tau if config.tau is not None else float("inf"),
+        observe_only=config.name != "muonclip",
+    )
+    return MuonClip(
+        groups,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        newton_schulz_steps=config.newton_schulz_steps,
+        newton_schulz_dtype=torch.bfloat16 if bf16 else torch.float32,
+        betas=config.betas,
+        eps=config.eps,
+        qk_clip=clip,
+    )
+
+
+def build_engine(
+    config: RunConfig, model: Transformer, optimizer: MuonClip, *, world: World, precision: str
+) -> deepspeed.DeepSpeedEngine:
+    """Wraps both in DeepSpeed's ZeRO engine."""
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(config, world=world, precision=precision)
+    )
+    return engine
+
+
+def deepspeed_config(config: RunConfig, *, world: World, precision: str) -> dict[str, Any]:
+    """What DeepSpeed reads; every value follows from the typed config."""
+    settings: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_clipping": config.optim.clip_grad_norm,
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "reduce_scatter": True,  # needed with experts
+            "contiguous_gradients": True,  # needed with experts at stage 2
+            "overlap_comm": world.device.type == "cuda",
+        },
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},  # else it follows the weights: bf16 sums lose small gradients
+        "steps_per_print": 10**9,
+    }
+    if precision == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return settings

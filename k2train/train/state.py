@@ -1,0 +1,151 @@
+"""All that decides a run's future, as a checkpoint holds it: masters, momenta, router biases and a few numbers.
+
+Nothing else is state: a sample follows from its number, a step's samples from the step, the learning rate from the
+step, and the run draws no random numbers after the weights' start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from muonclip.sharded import Piece
+
+from k2train.checkpoint import Checkpoint, CheckpointError, Interval
+from k2train.model import Transformer
+from k2train.train.zero import Shard
+
+
+@dataclass
+class Progress:
+    """How far the run is; written into each checkpoint and read back on resume."""
+
+    step: int = 0  # optimizer steps asked for; a step of the schedule and of the data whether it was applied or not
+    skipped_steps: int = 0  # steps whose gradient was not finite: no update happened
+    elapsed: float = 0.0  # seconds in the training loop, all starts together
+    max_logit: float = float("-inf")  # the largest attention logit of any step
+    clipped_steps: int = 0  # steps in which QK-Clip acted on some head
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where this rank's stacked expert parameters lie in the global ones."""
+
+    rank: int  # in the expert-parallel group
+    size: int
+
+    def start(self, piece: Piece, *, expert: bool) -> int:
+        """The first element of a piece in the flattened global parameter."""
+        return piece.start + (self.rank * _numel(piece.shape) if expert else 0)
+
+    def shape(self, shape: tuple[int, ...], *, expert: bool) -> tuple[int, ...]:
+        """The global shape of a parameter of this rank's ``shape``."""
+        return (shape[0] * self.size, *shape[1:]) if expert else shape
+
+
+def optimizer_keys(optimizer: torch.optim.Optimizer, shard: Shard) -> list[str]:
+    """The names of the optimizer's tensors that are laid out as the parameters are."""
+    state = optimizer.state[shard.flat]
+    return sorted(key for key, v in state.items() if isinstance(v, torch.Tensor) and v.shape == shard.flat.shape)
+
+
+def intervals(
+    held: list[Shard], optimizer: torch.optim.Optimizer, roles: Mapping[str, str], experts: Experts
+) -> Iterator[Interval]:
+    """What this rank holds of masters and momenta, by global name and global element."""
+    for shard in held:
+        sources = {
+            "master": shard.flat,
+            **{k: optimizer.state[shard.flat][k] for k in optimizer_keys(optimizer, shard)},
+        }
+        for piece in shard.pieces:
+            start = experts.start(piece, expert=roles[piece.name] == "expert")
+            for key, source in sources.items():
+                yield Interval(piece.name, key, start, _cut(source, piece))
+
+
+def shapes(model: Transformer, roles: Mapping[str, str], experts: Experts) -> dict[str, tuple[int, ...]]:
+    """Global shape of every parameter and router bias."""
+    found = {n: experts.shape(tuple(p.shape), expert=roles[n] == "expert") for n, p in model.named_parameters()}
+    return found | {name: tuple(bias.shape) for name, bias in router_biases(model)}
+
+
+def router_biases(model: Transformer) -> list[tuple[str, torch.Tensor]]:
+    """The router's selection biases, the one kind of buffer that is learnt."""
+    return [
+        (f"{name}.gate.e_score_correction_bias", moe.gate.e_score_correction_bias) for name, moe in model.moe_layers()
+    ]
+
+
+def load_intervals(
+    checkpoint: Checkpoint,
+    held: list[Shard],
+    optimizer: torch.optim.Optimizer,
+    model: Transformer,
+    roles: Mapping[str, str],
+    experts: Experts,
+) -> None:
+    """Writes a checkpoint's numbers into masters, momenta and router biases, whatever layout they were saved from.
+
+    Raises:
+        CheckpointError: it is of another model; found before anything is written.
+    """
+    _compare(checkpoint, shapes(model, roles, experts))
+    reader = checkpoint.reader()
+    with torch.no_grad():
+        for shard in held:
+            state = optimizer.state[shard.flat]
+            targets = {"master": shard.flat, **{key: state[key] for key in optimizer_keys(optimizer, shard)}}
+            for piece in shard.pieces:
+                start = experts.start(piece, expert=roles[piece.name] == "expert")
+                for key, target in targets.items():
+                    reader.fill(piece.name, key, start, _cut(target, piece))
+        for name, bias in router_biases(model):
+            reader.fill(name, "buffer", 0, bias)
+
+
+def _compare(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    there = {
+        key.rsplit("/", 1)[0]: record.shape
+        for key, record in checkpoint.manifest.tensors.items()
+        if key.endswith(("/master", "/buffer"))
+    }
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            raise CheckpointError(
+                f"{checkpoint.folder} is of another model: {name} is {_describe(there.get(name))} there "
+                f"and {_describe(wanted.get(name))} here"
+            )
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape))
+
+
+def _cut(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return flat.detach()[piece.offset : piece.offset + piece.stop - piece.start]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Updates that each AdamW group has counted, by role; its bias correction needs them."""
+    return {
+        group["role"]: int(optimizer.state[group["params"][0]]["step"])
+        for group in optimizer.param_groups
+        if group["algorithm"] == "adamw"
+    }
+
+
+def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: Mapping[str, int]) -> None:
+    """The inverse of ``optimizer_steps``."""
+    for group in optimizer.param_groups:
+        if group["algorithm"] == "adamw":
+            found = optimizer.state[group["params"][0]]
+            if isinstance(found["step"], torch.Tensor):
+                found["step"].fill_(steps[group["role"]])
+            else:
+                found["step"] = steps[group["role"]]

@@ -1,0 +1,301 @@
+"""One run: assembled in a few lines, resumed if it was begun, trained step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import numpy as np
+import safetensors
+import torch
+import torch.distributed as dist
+
+import k2train
+from k2train.checkpoint import Interval, newest_checkpoint, prune, save_checkpoint
+from k2train.comm import World, sum_across
+from k2train.config import RunConfig, to_dict
+from k2train.data import TrainStream, open_dataset
+from k2train.model import build_model, update_bias
+from k2train.paths import RunPaths
+from k2train.train import state, zero
+from k2train.train.engine import PRECISIONS, build_engine, build_optimizer, choose_precision
+from k2train.train.errors import RunError
+from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
+from k2train.train.metrics import MetricsFile
+from k2train.train.schedule import lr_factor
+from k2train.train.validate import HeldOutLoss, held_out_loss
+
+
+class Listener(Protocol):
+    """Who is told how the run goes: the terminal, and trackers."""
+
+    def say(self, text: str) -> None:
+        """A sentence for the person."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """The metrics of a step."""
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """The loss on held-out text."""
+
+
+class Trainer:
+    """A run of ``config`` on the data set of ``manifest``; every rank makes one and calls the same methods."""
+
+    def __init__(self, config: RunConfig, manifest: Path, *, world: World, paths: RunPaths, listener: Listener) -> None:
+        """Builds model, optimizer, engine and data, and resumes from the newest whole checkpoint if there is one.
+
+        Raises:
+            RunError: the checkpoints of the run belong to another data set, or the vocabulary does not fit.
+            CheckpointError: they belong to another model.
+        """
+        self.config, self.world, self.paths, self.listener = config, world, paths, listener
+        self.threads = _set_threads(config.train.threads, world)
+        self.precision = choose_precision(config.train.precision, world.device)
+        self.dataset = open_dataset(manifest)
+        model_config = dataclasses.replace(config.model, vocab_size=self._vocab_size())
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        parallel = expert_groups(world, size=config.parallel.expert_parallel)
+
+        self.model = build_model(
+            model_config,
+            seed=config.seed,
+            dtype=PRECISIONS[self.precision],
+            device=world.device,
+            expert_parallel=parallel,
+            moe_class=DeepSpeedMoE,
+        )
+        mark_experts(self.model, parallel)
+        self.optimizer = build_optimizer(
+            config.optim, self.model, expert_group=group_name(parallel.size), device=world.device
+        )
+        self.engine = build_engine(config, self.model, self.optimizer, world=world, precision=self.precision)
+        self.shards = zero.shards(self.engine.optimizer, {p: n for n, p in self.model.named_parameters()})
+        self.optimizer.shard({shard.flat: shard.layout for shard in self.shards})
+        zero.check_weights(self.shards)
+
+        self.roles = self.model.parameter_roles()
+        self.experts = state.Experts(parallel.rank, parallel.size)
+        self.stream = TrainStream(self.dataset, sequence_length=config.train.sequence_length, seed=config.seed)
+        self.progress = state.Progress()
+        self._resume()
+
+    # ---- the loop
+
+    def train(self) -> HeldOutLoss:
+        """Runs all steps that are left and returns the loss on the whole held-out split."""
+        metrics = MetricsFile(self.paths.metrics, resume_at=self.progress.step) if self.world.main else None
+        every = self.config.checkpoint.every
+        while self.progress.step < self.config.steps:
+            record = self._step()
+            step = self.progress.step
+            last = step == self.config.steps
+            if metrics and (step % self.config.track.log_every == 0 or last):
+                metrics.write(record)
+            self.listener.step(record)
+            if self.config.validate.every and step % self.config.validate.every == 0 and not last:
+                self._validate(metrics, whole=False)
+            if last or (every and step % every == 0):
+                self.save()
+        result = self._validate(metrics, whole=True)
+        if metrics:
+            metrics.close()
+        return result
+
+    def _step(self) -> dict[str, Any]:
+        """One optimizer step; returns its metrics."""
+        config, clip = self.config, self.optimizer.qk_clip
+        begin = time.perf_counter()
+        factor = lr_factor(self.progress.step, steps=config.steps, schedule=config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        loss, balance = self._accumulate_gradients()
+        clip.gather()
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied())
+        imbalance = self._update_router_bias(applied=applied)
+        max_logit = float(clip.max_logits.max())
+        clipped = int((clip.gamma < 1).sum()) if applied and config.optim.name == "muonclip" else 0
+        clip.reset()
+
+        micro_batches = self._micro_batches() * self.world.size
+        loss, balance = (v / micro_batches for v in sum_across([loss, balance], device=self.world.device))
+        self.progress.step += 1
+        seconds = time.perf_counter() - begin
+        self.progress.elapsed += seconds
+        self.progress.max_logit = max(self.progress.max_logit, max_logit)
+        self.progress.clipped_steps += clipped > 0
+        if not applied:
+            self.progress.skipped_steps += 1
+            self.listener.say(f"step {self.progress.step}: the gradient is not finite, so nothing was updated")
+        tokens = config.train.global_batch_size * config.train.sequence_length
+        return {
+            "step": self.progress.step,
+            "tokens": self.progress.step * tokens,
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) * self.dataset.tokens("train") / self.dataset.bytes("train"),
+            "balance_loss": balance,
+            "lr": config.optim.lr * factor,
+            "grad_norm": float(self.engine.get_global_grad_norm()),
+            "tokens_per_second": tokens / seconds,
+            "max_logit": max_logit,
+            "clipped_heads": clipped,
+            "balance_max": imbalance,
+            "applied": applied,
+            "elapsed": self.progress.elapsed,
+        }
+
+    def _accumulate_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of this rank's share of the step; sums of the micro-batches' mean losses."""
+        device, size = self.world.device, self.config.train.micro_batch_size
+        loss_sum, balance_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        micro_batches = self._micro_batches()
+        first = self.progress.step * self.config.train.global_batch_size
+        self.model.train()
+        for number in range(micro_batches):
+            start = first + (number * self.world.size + self.world.rank) * size
+            tokens_BT, labels_BT = self.stream.batch(range(start, start + size))
+            loss_BT, balance = self.engine(tokens_BT.to(device), labels_BT.to(device))
+            loss = loss_BT.mean()  # every position of a packed sample has a label
+            self.engine.backward(loss + balance)
+            loss_sum += loss.detach()
+            balance_sum += balance.detach()
+            if number + 1 < micro_batches:
+                self.engine.step()  # DeepSpeed counts micro-batches by it; the update comes with the last one
+        return loss_sum, balance_sum
+
+    def _update_router_bias(self, *, applied: bool) -> float:
+        """Moves each router's selection bias by the global loads; returns the largest load over the mean one.
+
+        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). A step that was not applied moves nothing.
+        """
+        gates = [moe.gate for _, moe in self.model.moe_layers()]
+        if not gates:
+            return 1.0
+        loads_LE = torch.stack([gate.loads for gate in gates])
+        dist.all_reduce(loads_LE)
+        for gate, loads_E in zip(gates, loads_LE, strict=True):
+            if applied:
+                rate = self.config.model.router_bias_rate
+                gate.e_score_correction_bias.copy_(update_bias(gate.e_score_correction_bias, loads_E, rate=rate))
+            gate.loads.zero_()
+        loads_LE = loads_LE.double()
+        return float((loads_LE.amax(1) / loads_LE.mean(1)).max())
+
+    def _validate(self, metrics: MetricsFile | None, *, whole: bool) -> HeldOutLoss:
+        config = self.config
+        windows = self.dataset.windows("held_out", sequence_length=config.train.sequence_length)
+        if not whole:  # evenly spread, so that a few windows still see all of the text
+            count = min(len(windows), -(-config.validate.tokens // config.train.sequence_length))
+            windows = [windows[i * len(windows) // count] for i in range(count)]
+        found = held_out_loss(
+            self.model,
+            windows,
+            bytes_of_token=self.dataset.tokenizer.bytes_of_token,
+            batch_size=config.train.micro_batch_size,
+            world=self.world,
+        )
+        record = {
+            "step": self.progress.step,
+            "tokens": self.progress.step * config.train.global_batch_size * config.train.sequence_length,
+            "validation_loss": found.per_token,
+            "validation_bits_per_byte": found.bits_per_byte,
+            "whole": whole,
+        }
+        if metrics:
+            metrics.write(record)
+        self.listener.validation(record)
+        return found
+
+    # ---- checkpoints
+
+    def save(self) -> Path:
+        """Writes and publishes a checkpoint of the present step; deletes those that are too old."""
+        held = list(state.intervals(self.shards, self.optimizer, self.roles, self.experts))
+        if self.world.main:
+            held += [Interval(name, "buffer", 0, bias) for name, bias in state.router_biases(self.model)]
+        folder = save_checkpoint(
+            self.paths.checkpoints,
+            step=self.progress.step,
+            intervals=held,
+            shapes=state.shapes(self.model, self.roles, self.experts),
+            state={
+                "progress": dataclasses.asdict(self.progress) | {"max_logit": repr(self.progress.max_logit)},
+                "optimizer_steps": state.optimizer_steps(self.optimizer),
+                "config": to_dict(self.config),
+                "vocab_size": self._vocab_size(),
+                "dataset": self.dataset.fingerprint,
+                "machine": self._machine(),
+            },
+            world=self.world,
+        )
+        if self.world.main:
+            prune(self.paths.checkpoints, keep=self.config.checkpoint.keep)
+        return folder
+
+    def _resume(self) -> None:
+        say = self.listener.say
+        checkpoint = newest_checkpoint(self.paths.checkpoints, world=self.world, say=say)
+        if checkpoint is None:
+            return
+        saved = checkpoint.manifest.state
+        if saved["dataset"] != self.dataset.fingerprint:
+            raise RunError(
+                f"{checkpoint.folder} was trained on another data set ({saved['dataset']}, now "
+                f"{self.dataset.fingerprint}): the text, the tokenizer or Python changed. Give the run another name"
+            )
+        state.load_intervals(checkpoint, self.shards, self.optimizer, self.model, self.roles, self.experts)
+        state.set_optimizer_steps(self.optimizer, saved["optimizer_steps"])
+        zero.refresh_weights(self.engine.optimizer, self.shards)
+        self.progress = state.Progress(**(saved["progress"] | {"max_logit": float(saved["progress"]["max_logit"])}))
+        self.engine.global_steps = self.progress.step
+        self.engine.global_samples = self.progress.step * self.config.train.global_batch_size
+        self.engine.micro_steps = self.progress.step * self._micro_batches()
+        say(f"resuming from step {self.progress.step} of {self.config.steps} ({checkpoint.folder})")
+        for key, now in self._machine().items():
+            if (before := saved["machine"].get(key)) != now:
+                say(f"{key} was {before} and is now {now}: expect losses that agree to rounding, not to the last bit")
+
+    # ---- small facts
+
+    def _micro_batches(self) -> int:
+        """That this rank computes for one step."""
+        return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.world.size)
+
+    def _vocab_size(self) -> int:
+        wanted, there = self.config.model.vocab_size, self.dataset.padded_vocab_size
+        if wanted is not None and wanted < self.dataset.tokenizer.vocab_size:
+            raise RunError(
+                f"model.vocab_size={wanted} is less than the {self.dataset.tokenizer.vocab_size} tokens of the "
+                "tokenizer: raise it, or set it to null to follow the tokenizer"
+            )
+        return wanted or there
+
+    def _machine(self) -> dict[str, Any]:
+        """What may change the rounding of a run."""
+        return {
+            "processes": self.world.size,
+            "expert_parallel": self.config.parallel.expert_parallel,
+            "zero_stage": self.config.parallel.zero_stage,
+            "device": self.world.device.type,
+            "precision": self.precision,
+            "threads": self.threads,
+            "micro_batch_size": self.config.train.micro_batch_size,
+            "k2train": k2train.__version__,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+        }
+
+
+def _set_threads(threads: int | None, world: World) -> int:
+    """Gives this process its share of the node's cores, or what the config says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // world.local_size))
+    return torch.get_num_threads()
