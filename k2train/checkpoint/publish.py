@@ -13,7 +13,7 @@ from typing import Any
 from k2train.checkpoint.intervals import Interval, IntervalReader, file_hash, write_intervals
 from k2train.checkpoint.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, Segment, TensorRecord
 from k2train.comm import World, gather_json, together
-from k2train.paths import atomic_write
+from k2train.paths import atomic_write, sync_directory
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def save_checkpoint(
             atomic_write(partial / MANIFEST, manifest.to_json())
             shutil.rmtree(folder, ignore_errors=True)  # the same step once more, after a resume from an older one
             os.replace(partial, folder)
-            _sync(directory)
+            sync_directory(directory)
     return folder
 
 
@@ -141,11 +141,3 @@ def _check_files(folder: Path, manifest: Manifest, *, share: tuple[int, int]) ->
             raise CheckpointError(f"{name} has {actual} bytes instead of {record.size}")
         if number % size == rank and file_hash(folder / name) != record.xxh3_128:
             raise CheckpointError(f"{name} is damaged: its hash is not the one in the manifest")
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

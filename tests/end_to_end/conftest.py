@@ -1,0 +1,59 @@
+"""Real runs of the command line on a small corpus: this project's own source."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Runner:
+    """Starts ``k2train train`` as a person would, in folders of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+
+    def command(self, name: str, *overrides: str, processes: int = 1) -> list[str]:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        own = [f"name={name}", f"runs_dir={self.runs}", "data=folder", f"data.path={ROOT / 'k2train'}"]
+        own += [f"data.cache_dir={self.folder / 'cache'}", "data.tokenizer.vocab_size=512", "track.wandb=off"]
+        return [*launcher, "-m", "k2train", "train", "experiment=tiny", *own, *overrides]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'optim'}"}
+
+    def start(self, name: str, *overrides: str, processes: int = 1) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command(name, *overrides, processes=processes),
+            env=self.environment(),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, name: str, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
+        """To the end; whether it went well is for the caller to ask."""
+        process = self.start(name, *overrides, processes=processes)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def records(self, name: str) -> list[dict]:
+        path = self.runs / name / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def losses(self, name: str) -> dict[int, float]:
+        return {r["step"]: r["loss"] for r in self.records(name) if "loss" in r}
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory) -> Runner:
+    return Runner(tmp_path_factory.mktemp("end_to_end"))

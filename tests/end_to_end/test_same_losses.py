@@ -1,0 +1,74 @@
+"""The losses of a run do not depend on how it was cut over processes, nor on whether it was killed in between."""
+
+import os
+import signal
+import time
+
+# QK-Clip and gradient clipping both act with these, and the learning rate is high: what differs would show.
+LIVELY = (
+    "optim.lr=0.01",
+    "optim.tau=0.5",
+    "optim.clip_grad_norm=0.5",
+    "schedule.steps=20",
+    "schedule.warmup_steps=2",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.precision=fp32",
+    "track.log_every=1",
+)
+
+
+def test_two_processes_with_expert_parallelism_give_the_losses_of_one(runner):
+    one = runner.run("one", *LIVELY)
+    assert one.returncode == 0, one.stderr
+    records = [r for r in runner.records("one") if "loss" in r]
+    assert len(records) == 20
+    assert sum(r["clipped_heads"] > 0 for r in records) > 5  # QK-Clip acted
+    assert sum(r["grad_norm"] > 0.5 for r in records) > 5  # and so did gradient clipping
+    for stage in (1, 2):
+        name = f"two-zero{stage}"
+        two = runner.run(name, *LIVELY, "parallel.expert_parallel=2", f"parallel.zero_stage={stage}", processes=2)
+        assert two.returncode == 0, two.stderr
+        expected, found = runner.losses("one"), runner.losses(name)
+        assert found.keys() == expected.keys()
+        assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-5
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(runner):
+    settings = (*LIVELY, "checkpoint.every=6", "validate.every=5")
+    undisturbed = runner.run("undisturbed", *settings)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    process = runner.start("killed", *settings)
+    deadline = time.monotonic() + 240
+    while max(runner.losses("killed"), default=0) < 8:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert max(runner.losses("killed")) < 20
+
+    again = runner.run("killed", *settings)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step" in again.stdout + again.stderr
+    assert runner.losses("killed") == runner.losses("undisturbed")  # to the last bit
+    validations = [[r for r in runner.records(n) if "validation_loss" in r] for n in ("killed", "undisturbed")]
+    assert validations[0] == validations[1]
+    assert len(validations[0]) == 4
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runner):
+    settings = (*LIVELY, "checkpoint.every=10")
+    first = runner.run("elastic", *settings, "parallel.expert_parallel=2", processes=2)
+    assert first.returncode == 0, first.stderr
+    # Forget what came after step 10, as if the two processes had been killed there.
+    folder = runner.runs / "elastic"
+    for path in (folder / "checkpoints").glob("step-*20"):
+        os.rename(path, path.with_name("set-aside"))
+    (folder / "summary.json").unlink()
+    expected = runner.losses("elastic")
+    second = runner.run("elastic", *settings)
+    assert second.returncode == 0, second.stderr
+    found = runner.losses("elastic")
+    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-5
