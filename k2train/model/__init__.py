@@ -1,0 +1,14 @@
+"""Kimi K2's model in plain torch: latent attention, mixture of experts, chunked loss, at any size.
+
+``build_model`` makes one from a ``ModelConfig``. Nothing here knows an optimizer or DeepSpeed: what they need is
+exposed by ``attention_layers``, ``moe_layers`` and ``parameter_roles``.
+"""
+
+from k2train.model.attention import Attention
+from k2train.model.causal import attention
+from k2train.model.dispatch import ExpertParallel
+from k2train.model.moe import MoE
+from k2train.model.router import Router, update_bias
+from k2train.model.transformer import Transformer, build_model
+
+__all__ = ["Attention", "ExpertParallel", "MoE", "Router", "Transformer", "attention", "build_model", "update_bias"]

@@ -1,0 +1,105 @@
+"""Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Shapes: B batch, T tokens, D model, H heads, N nope and R rope dims of a query or key head, V dims of a value head,
+q and kv latents of q_lora_rank and kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from k2train.config import ModelConfig
+from k2train.model.causal import attention
+from k2train.model.float32 import Float32Buffers, counts
+from k2train.model.norm import RMSNorm
+from k2train.model.rope import heads, softmax_scale
+
+# DeepSeek-V3 and Kimi K2 norm their latents with this, whatever rms_norm_eps says.
+LATENT_NORM_EPS = 1e-6
+
+
+class Attention(Float32Buffers):
+    """MLA as it is trained: keys and values of all heads are made from one latent a token, plus one shared rope key.
+
+    Follows QK-Clip's protocol: ``max_logits`` [H] fp32 is the largest logit of each head over the forward passes in
+    training mode since ``reset_max_logits`` (-inf when there was none, NaN when a logit was NaN), and ``row_scales``
+    says which rows of which weights the clip multiplies.
+    """
+
+    float32_buffers: ClassVar[tuple[str, ...]] = ("max_logits",)
+    max_logits: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, H = config.hidden_size, config.num_attention_heads
+        self.heads, self.nope, self.rope, self.value = (
+            H,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        self.kv_latent = config.kv_lora_rank
+        self.scale = softmax_scale(self.nope + self.rope, config.rope_scaling)
+        q_width = H * (self.nope + self.rope)
+        self.q_compressed = config.q_lora_rank is not None
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, self.kv_latent + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.kv_latent, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.kv_latent, H * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(H * self.value, D, bias=False)
+        self.register_buffer("max_logits", torch.empty(H, dtype=torch.float32), persistent=False)
+
+    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """Mixes tokens.
+
+        Args:
+            x_BTD: normed input.
+            cos_TR: [T, R/2] of ``rope_table``.
+            sin_TR: [T, R/2].
+
+        Returns:
+            [B, T, D].
+        """
+        B, T, _ = x_BTD.shape
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.q_compressed else self.q_proj(x_BTD)
+        latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent))
+        q, k, v = heads(q.view(B, T, self.heads, -1), kv.view(B, T, self.heads, -1), rope_key, cos_TR, sin_TR)
+        out_BHTV, largest = attention(q, k, v, scale=self.scale, with_max=counts(self))
+        if largest is not None:
+            self.max_logits = torch.maximum(self.max_logits, largest)
+        out: Tensor = self.o_proj(out_BHTV.transpose(1, 2).reshape(B, T, -1))
+        return out
+
+    def reset_max_logits(self) -> None:
+        """Forgets the maxima: the next forward pass in training mode starts a new step."""
+        self.max_logits = torch.full_like(self.max_logits, float("-inf"))
+
+    def row_scales(self, gamma_H: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What multiplies each row of a weight so that head h's logits shrink by gamma_h (arXiv 2507.20534, 2.1).
+
+        The two factors of the nope part share gamma as its square roots. The rope key is shared by all heads, so the
+        rope part of the query takes all of gamma. A gamma of 1 gives scales of exactly 1.
+
+        Args:
+            gamma_H: [H], positive.
+
+        Returns:
+            (weight, [rows]) for the query weight and the key-value weight.
+        """
+        root = gamma_H.sqrt()[:, None]
+        q_weight = (self.q_b_proj if self.q_compressed else self.q_proj).weight
+        yield q_weight, torch.cat((root.expand(-1, self.nope), gamma_H[:, None].expand(-1, self.rope)), 1).flatten()
+        yield (
+            self.kv_b_proj.weight,
+            torch.cat((root.expand(-1, self.nope), torch.ones_like(root).expand(-1, self.value)), 1).flatten(),
+        )

@@ -1,0 +1,122 @@
+"""Causal softmax attention that also tells each head's largest logit.
+
+Shapes: B batch, H heads, n = B*H, T tokens, d query and key dims, V value dims (V and d may differ).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from k2train.model.max_logits import max_logits_by_blocks, refine_max_logits
+
+# Rows of q a block on the CPU: 64 to 128 were fastest at 256 to 4096 tokens, the logits staying in cache.
+ROWS = 128
+# Probabilities that one call may keep for its backward pass; above, they are computed again. 64 MiB in fp32.
+KEPT_PROBABILITIES = 2**24
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention by blocks of rows against the keys that they can see: nothing above the diagonal is computed.
+
+    On a CPU this was measured faster, forward and backward, than torch's flash kernel at every length from 256 to
+    4096 (padding V to d for that kernel), and it has the logits at hand, so that their maxima cost one read in cache.
+    """
+
+    @staticmethod
+    def _block(q_nTd: Tensor, k_nTd: Tensor, hidden: Tensor, start: int, scale: float) -> Tensor:
+        stop = start + hidden.shape[0]
+        # beta=0 ignores the first argument: this is bmm with the scale applied before rounding.
+        out = torch.baddbmm(q_nTd[:1, :1, :1], q_nTd[:, start:stop], k_nTd[:, :stop].transpose(1, 2), beta=0, alpha=scale)
+        out[:, :, start:].masked_fill_(hidden, float("-inf"))
+        return out
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_nTd: Tensor, k_nTd: Tensor, v_nTV: Tensor, scale: float, with_max: bool
+    ) -> tuple[Tensor, Tensor]:
+        n, T, _ = q_nTd.shape
+        hidden = torch.ones(min(ROWS, T), min(ROWS, T), dtype=torch.bool, device=q_nTd.device).triu_(1)
+        keep = any(ctx.needs_input_grad) and n * T * T // 2 <= KEPT_PROBABILITIES
+        out, maxima, kept = torch.empty_like(v_nTV), q_nTd.new_empty(n, T if with_max else 0), []
+        for start in range(0, T, ROWS):
+            stop = min(start + ROWS, T)
+            part = hidden[: stop - start, : stop - start]
+            logits = _BlockAttention._block(q_nTd, k_nTd, part, start, scale)
+            if with_max:
+                maxima[:, start:stop] = logits.amax(-1)
+            probabilities = logits.softmax(-1)
+            out[:, start:stop] = torch.bmm(probabilities, v_nTV[:, :stop])
+            if keep:
+                kept.append(probabilities)
+        ctx.save_for_backward(q_nTd, k_nTd, v_nTV, hidden, *kept)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(maxima)
+        return out, maxima
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        q, k, v, hidden, *kept = ctx.saved_tensors
+        T, scale = q.shape[1], ctx.scale
+        grad_q = torch.empty_like(q)
+        # Summed over blocks, hence in fp32 at least.
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for block, start in enumerate(range(0, T, ROWS)):
+            stop = min(start + ROWS, T)
+            if kept:
+                p = kept[block]
+            else:
+                part = hidden[: stop - start, : stop - start]
+                p = _BlockAttention._block(q, k, part, start, scale).softmax(-1)
+            grad_rows = grad[:, start:stop]
+            grad_p = torch.bmm(grad_rows, v[:, :stop].transpose(1, 2))
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_q[:, start:stop] = torch.baddbmm(q[:1, :1, :1], grad_s, k[:, :stop], beta=0, alpha=scale)
+            _add_bmm(grad_k[:, :stop], grad_s.transpose(1, 2), q[:, start:stop], scale)
+            _add_bmm(grad_v[:, :stop], p.transpose(1, 2), grad_rows, 1.0)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _add_bmm(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """``total += scale * a @ b`` where a and b may be of a narrower dtype than total."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b, alpha=scale)
+    else:
+        total.add_(torch.bmm(a, b), alpha=scale)
+
+
+def attention(
+    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, *, scale: float, with_max: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``softmax(scale * q k^T) v`` over the visible pairs (key no later than query).
+
+    Args:
+        q_BHTd: queries.
+        k_BHTd: keys.
+        v_BHTV: values.
+        scale: of the logits, positive.
+        with_max: whether the largest logits are wanted.
+
+    Returns:
+        out [B, H, T, V] and, if wanted, each head's largest logit [H]: exactly the maximum over the batch and all
+        visible pairs of the logits in fp32, whatever dtype attention runs in. It carries no gradient.
+    """
+    B, H, T, _ = q_BHTd.shape
+    if q_BHTd.is_cuda:
+        out = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=scale)
+        with torch.no_grad():
+            return out, max_logits_by_blocks(q_BHTd, k_BHTd, scale=scale) if with_max else None
+    q, k, v = q_BHTd.flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
+    out, rows = _BlockAttention.apply(q, k, v, scale, with_max)
+    out = out.view(B, H, T, -1)
+    if not with_max:
+        return out, None
+    rows_BHT = rows.view(B, H, T)
+    if q.dtype in (torch.float32, torch.float64):
+        return out, rows_BHT.amax((0, 2)).float()
+    with torch.no_grad():
+        return out, refine_max_logits(q_BHTd, k_BHTd, rows_BHT, scale=scale)

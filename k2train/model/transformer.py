@@ -1,0 +1,182 @@
+"""The whole language model: DeepSeek-V3's architecture with Kimi K2's sizes (arXiv 2412.19437, 2507.20534).
+
+Shapes: B batch, T tokens, D model, V vocabulary, R rope dims of a head.
+Modules and parameters are named as in transformers' DeepseekV3ForCausalLM, without its leading ``model.``; only the
+experts differ, which are stacked as ``mlp.experts.{w1,w3,w2}``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2train.config import ModelConfig
+from k2train.model.attention import Attention
+from k2train.model.dispatch import ExpertParallel
+from k2train.model.experts import Experts
+from k2train.model.init import initialise
+from k2train.model.loss import cross_entropy
+from k2train.model.mlp import MLP
+from k2train.model.moe import MoE
+from k2train.model.norm import RMSNorm
+from k2train.model.rope import rope_frequencies, rope_table
+from k2train.model.router import Router
+
+
+class Block(nn.Module):
+    """One layer: attention, then a dense or mixture-of-experts feed-forward, each on a normed residual stream."""
+
+    def __init__(self, config: ModelConfig, mlp: MLP | MoE) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after this layer, and the layer's balance loss where it has one."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR)
+        normed = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            out, balance = self.mlp(normed)
+            return x_BTD + out, balance
+        return x_BTD + self.mlp(normed), None
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model. ``build_model`` makes one with storage and initial values."""
+
+    def __init__(
+        self, config: ModelConfig, *, expert_parallel: ExpertParallel | None = None, moe_class: type[MoE] = MoE
+    ) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError(
+                "model.vocab_size=null: a model needs a number; take the tokenizer's padded size, "
+                "as in dataclasses.replace(config, vocab_size=dataset.padded_vocab_size)"
+            )
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(
+                config,
+                MLP(config.hidden_size, config.intermediate_size)
+                if number < config.first_k_dense_replace
+                else moe_class(config, expert_parallel=expert_parallel),
+            )
+            for number in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V, D]: the head's own weight, or the embedding's when they are tied."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each token.
+
+        Args:
+            tokens_BT: token ids int64.
+            labels_BT: the ids to be predicted, or -100 where none is.
+
+        Returns:
+            Cross-entropy [B, T] in nats (fp32, 0 where the label is -100), and the sequence-wise balance loss: a
+            scalar with its weight in it, summed over layers, 0 when it is off.
+
+        Raises:
+            ValueError: tokens are no [B, T] integers, more than max_position_embeddings, or labels of another shape.
+        """
+        if labels_BT.shape != tokens_BT.shape:
+            raise ValueError(
+                f"labels of shape {tuple(labels_BT.shape)} for tokens of shape {tuple(tokens_BT.shape)}: "
+                "give one label for each token, -100 where there is none"
+            )
+        x_BTD, balance = self._hidden(tokens_BT)
+        loss = cross_entropy(x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten()).view(labels_BT.shape)
+        return loss, loss.new_zeros(()) if balance is None else balance
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Scores of the next token at each position, [B, T, V] fp32. Raises as ``forward`` does."""
+        return F.linear(self._hidden(tokens_BT)[0], self.head_weight).float()
+
+    def _hidden(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+        if tokens_BT.ndim != 2 or tokens_BT.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens of shape {tuple(tokens_BT.shape)} and dtype {tokens_BT.dtype}: give token ids as "
+                "[batch, tokens] integers (int64); a single sequence is tokens[None]"
+            )
+        T = tokens_BT.shape[1]
+        if self.config.max_position_embeddings < T:
+            raise ValueError(
+                f"a sequence of {T} tokens is longer than max_position_embeddings="
+                f"{self.config.max_position_embeddings}: give a shorter one, or raise it in the model's config"
+            )
+        scaling = self.config.rope_scaling
+        frequencies = rope_frequencies(self.config.qk_rope_head_dim, theta=self.config.rope_theta, scaling=scaling)
+        cos_TR, sin_TR = rope_table(frequencies.to(tokens_BT.device), T, scaling=scaling)
+        x_BTD, balance = self.embed_tokens(tokens_BT), None
+        for layer in self.layers:
+            x_BTD, part = layer(x_BTD, cos_TR, sin_TR)
+            if part is not None:
+                balance = part if balance is None else balance + part
+        return self.norm(x_BTD), balance
+
+    def attention_layers(self) -> list[tuple[str, Attention]]:
+        """Every attention module with its global name: what QK-Clip watches and scales."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, Attention)]
+
+    def moe_layers(self) -> list[tuple[str, MoE]]:
+        """Every mixture-of-experts layer with its global name."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, MoE)]
+
+    def parameter_roles(self) -> dict[str, str]:
+        """The role of every parameter, by name: embedding, head, attention, mlp, expert, router or norm.
+
+        ``mlp`` are dense layers and shared experts. A tied head is the embedding.
+        """
+        by_class = {nn.Embedding: "embedding", RMSNorm: "norm", Experts: "expert", Router: "router"}
+        roles = {}
+        for prefix, module in self.named_modules():
+            for suffix, _ in module.named_parameters(recurse=False):
+                if isinstance(module, nn.Linear):
+                    role = "head" if prefix == "lm_head" else "attention" if ".self_attn." in prefix else "mlp"
+                else:
+                    role = by_class[type(module)]
+                roles[f"{prefix}.{suffix}"] = role
+        return roles
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    expert_parallel: ExpertParallel | None = None,
+    moe_class: type[MoE] = MoE,
+) -> Transformer:
+    """A model with its initial values, the same on every rank, device and expert-parallel size (see ``init``).
+
+    Args:
+        config: architecture; vocab_size must be a number.
+        seed: of the run.
+        dtype: of the parameters; router biases and max logits are fp32 regardless.
+        device: where it will live; ``meta`` gives shapes alone, in seconds for a trillion parameters.
+        expert_parallel: the group that shares out the experts; None: all are here.
+        moe_class: MoE or a subclass, constructed as ``moe_class(config, expert_parallel=...)``.
+
+    Raises:
+        ValueError: vocab_size is None, or the experts cannot be shared out evenly.
+    """
+    with torch.device("meta"):
+        model = Transformer(config, expert_parallel=expert_parallel, moe_class=moe_class).to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    first = 0 if expert_parallel is None else expert_parallel.rank * (config.n_routed_experts // expert_parallel.size)
+    initialise(model, seed=seed, std=config.initializer_range, first_expert=first)
+    return model
