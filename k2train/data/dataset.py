@@ -201,12 +201,12 @@ def open_dataset(manifest_path: Path) -> Dataset:
     folder = manifest_path.parent
     manifest = _read_manifest(manifest_path)
     tokenizer_path = folder / manifest["tokenizer"]["file"]
-    with os_errors_explained():
+    with os_errors_explained(tokenizer_path):
         definition = tokenizer_path.read_bytes()
     digest = xxhash.xxh3_64_hexdigest(definition)
     if digest != manifest["tokenizer"]["xxh3"]:
         raise DataError(
-            f"the tokenizer {tokenizer_path} is not the one that encoded the data: its xxh3 is {digest} and the manifest "
+            f"the tokenizer {tokenizer_path} did not encode this data: its xxh3 is {digest} and the manifest "
             f"says {manifest['tokenizer']['xxh3']}: delete the folder {folder} and prepare the data again"
         )
     tokenizer = Tokenizer(definition.decode("utf-8"), engine=manifest["tokenizer"]["engine"])
@@ -219,7 +219,7 @@ def open_dataset(manifest_path: Path) -> Dataset:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     remedy = f"delete the folder {path.parent} and prepare the data again"
-    with os_errors_explained():
+    with os_errors_explained(path):
         if not path.is_file():
             raise DataError(f"there is no prepared data at {path}: prepare it first")
         data = path.read_bytes()

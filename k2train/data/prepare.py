@@ -62,7 +62,7 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
     Raises:
         DataError: no text, too little of it, or the file system refuses; one sentence with the way on.
     """
-    with os_errors_explained():
+    with os_errors_explained(cache):
         corpus = find_corpus(config, apart_from=cache)
         folder = cache / "data" / f"{config.source}-{_key(config, corpus)}"
         manifest_path = folder / "manifest.json"

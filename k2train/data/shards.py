@@ -126,7 +126,7 @@ def open_shard(folder: Path, record: ShardRecord) -> Shard:
     """
     path = folder / record.file
     remedy = f"delete the folder {folder} and prepare the data again"
-    with os_errors_explained():
+    with os_errors_explained(path):
         if not path.is_file():
             raise DataError(f"the shard {path} is missing: {remedy}")
         size = path.stat().st_size

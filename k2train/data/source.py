@@ -78,7 +78,7 @@ def find_corpus(config: DataConfig, *, apart_from: Path) -> Corpus:
             raise DataError("data.path is missing: give the folder to read, as in data.path=/home/me/code")
         root, name = Path(config.path).expanduser(), "folder"
         missing = f"data.path={config.path} does not exist: give an existing folder"
-    with os_errors_explained():
+    with os_errors_explained(root):
         if not root.exists():
             raise DataError(missing)
         if not root.is_dir():

@@ -115,7 +115,14 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for; a special token stands for its name."""
-        return b"".join([self._token_bytes[token] for token in ids])
+        wanted = list(ids)
+        for token in wanted:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"token {token} is none of the tokenizer's {self.vocab_size}: a model whose vocabulary is padded has "
+                    "more; leave those out when sampling"
+                )
+        return b"".join([self._token_bytes[token] for token in wanted])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD, as a sample may stop inside a character."""

@@ -1,0 +1,118 @@
+import importlib
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from k2train.data import DataError, Dataset, TrainStream, open_dataset, prepare
+from k2train.data.order import positions
+
+
+@pytest.fixture
+def stream(dataset: Dataset) -> TrainStream:
+    return TrainStream(dataset, sequence_length=32, seed=5)
+
+
+def test_an_epoch_predicts_each_token_once(dataset: Dataset, stream: TrainStream):
+    tokens = dataset.stream("train").read(0, dataset.tokens("train"))
+    assert stream.windows == (len(tokens) - 1) // 32
+    windows = positions(range(stream.windows), windows=stream.windows, seed=5)
+    labels = np.empty(32 * stream.windows, dtype=np.int64)
+    for number, window in enumerate(windows):
+        sample = stream.sample(number)
+        assert sample.shape == (33,)
+        assert np.array_equal(sample, tokens[window * 32 : window * 32 + 33])
+        labels[window * 32 : window * 32 + 32] = sample[1:]
+    assert np.array_equal(labels, tokens[1 : 1 + len(labels)])
+
+
+def test_a_batch_is_its_samples(stream: TrainStream):
+    numbers = [3, 0, 10**6, 3]
+    tokens, labels = stream.batch(numbers)
+    assert tokens.shape == labels.shape == (4, 32)
+    assert tokens.dtype == labels.dtype == torch.int64
+    for row, number in enumerate(numbers):
+        assert tokens[row].tolist() == stream.sample(number)[:-1].tolist()
+        assert labels[row].tolist() == stream.sample(number)[1:].tolist()
+
+
+def test_however_samples_are_shared_out_they_are_the_same(stream: TrainStream):
+    whole, _ = stream.batch(range(48))
+    for ranks, micro in itertools.product((1, 2, 4), (1, 3)):
+        pieces = {}
+        for rank in range(ranks):
+            mine = range(48 * rank // ranks, 48 * (rank + 1) // ranks)
+            for start in range(0, len(mine), micro):
+                for number, row in zip(
+                    mine[start : start + micro], stream.batch(mine[start : start + micro])[0], strict=True
+                ):
+                    pieces[number] = row
+        assert torch.equal(torch.stack([pieces[number] for number in range(48)]), whole)
+
+
+def test_seeds_differ_and_epochs_differ(dataset: Dataset, stream: TrainStream):
+    other = TrainStream(dataset, sequence_length=32, seed=6)
+    numbers = range(20)
+    assert not torch.equal(stream.batch(numbers)[0], other.batch(numbers)[0])
+    later = [number + stream.windows for number in numbers]
+    assert not torch.equal(stream.batch(numbers)[0], stream.batch(later)[0])
+
+
+def test_trace_names_the_documents_of_a_sample(dataset: Dataset):
+    stream = TrainStream(dataset, sequence_length=700, seed=1)
+    end = dataset.tokenizer.end_of_text
+    texts = dict(dataset.documents("train"))
+    ids = {origin: [*dataset.tokenizer.encode(text.decode()), end] for origin, text in texts.items()}
+    pieces = 0
+    for number in range(stream.windows):
+        spans = stream.trace(number)
+        pieces += len(spans)
+        traced = [token for span in spans for token in ids[span.origin][span.start : span.stop]]
+        assert traced == stream.sample(number).tolist()
+    assert pieces > stream.windows  # samples of several documents were among them
+
+
+def test_prefetched_batches_are_the_batches(stream: TrainStream):
+    plan = [range(start, start + 4) for start in range(0, 40, 4)]
+    for found, numbers in zip(stream.batches(plan), plan, strict=True):
+        expected = stream.batch(numbers)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+def test_prefetching_ends_with_its_reader(stream: TrainStream):
+    endless = stream.batches([number] for number in itertools.count())
+    for _ in range(3):
+        next(endless)
+    assert any(thread.name == "k2train-prefetch" for thread in threading.enumerate())
+    endless.close()
+    assert not any(thread.name == "k2train-prefetch" for thread in threading.enumerate())
+
+
+def test_an_error_while_prefetching_reaches_the_reader(stream: TrainStream):
+    batches = stream.batches([[0], [-1], [1]])
+    next(batches)
+    with pytest.raises(ValueError, match="sample number -1 is negative"):
+        next(batches)
+
+
+def test_a_split_smaller_than_a_sample_is_refused(dataset: Dataset):
+    tokens = dataset.tokens("train")
+    assert TrainStream(dataset, sequence_length=tokens - 1, seed=0).windows == 1
+    with pytest.raises(DataError, match=f"has {tokens} tokens and a sample takes {tokens + 1} .*add text, or lower"):
+        TrainStream(dataset, sequence_length=tokens, seed=0)
+
+
+def test_shards_are_one_stream(dataset: Dataset, tmp_path: Path, make_config, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("k2train.data.prepare"), "UNIT_BYTES", 3000)
+    path = prepare(make_config(), cache=tmp_path / "other", progress=lambda *_: None)
+    assert len(list(path.parent.glob("train-*.safetensors"))) > 3
+    cut = open_dataset(path)
+    assert list(cut.documents("train")) == list(dataset.documents("train"))
+    one, other = (TrainStream(each, sequence_length=900, seed=2) for each in (dataset, cut))
+    for number in range(one.windows):
+        assert np.array_equal(one.sample(number), other.sample(number))
+        assert one.trace(number) == other.trace(number)
