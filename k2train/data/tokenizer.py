@@ -119,7 +119,7 @@ class Tokenizer:
         for token in wanted:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"token {token} is none of the tokenizer's {self.vocab_size}: a model whose vocabulary is padded has "
+                    f"token {token} is none of the tokenizer's {self.vocab_size}: a model with a padded vocabulary has "
                     "more; leave those out when sampling"
                 )
         return b"".join([self._token_bytes[token] for token in wanted])
