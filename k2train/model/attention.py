@@ -84,7 +84,7 @@ class Attention(Float32Buffers):
         """Forgets the maxima: the next forward pass in training mode starts a new step."""
         self.max_logits = torch.full_like(self.max_logits, float("-inf"))
 
-    def row_scales(self, gamma_H: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def row_scales(self, gamma_H: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What multiplies each row of a weight so that head h's logits shrink by gamma_h (arXiv 2507.20534, 2.1).
 
         The two factors of the nope part share gamma as its square roots. The rope key is shared by all heads, so the

@@ -30,7 +30,9 @@ class _BlockAttention(torch.autograd.Function):
     def _block(q_nTd: Tensor, k_nTd: Tensor, hidden: Tensor, start: int, scale: float) -> Tensor:
         stop = start + hidden.shape[0]
         # beta=0 ignores the first argument: this is bmm with the scale applied before rounding.
-        out = torch.baddbmm(q_nTd[:1, :1, :1], q_nTd[:, start:stop], k_nTd[:, :stop].transpose(1, 2), beta=0, alpha=scale)
+        out = torch.baddbmm(
+            q_nTd[:1, :1, :1], q_nTd[:, start:stop], k_nTd[:, :stop].transpose(1, 2), beta=0, alpha=scale
+        )
         out[:, :, start:].masked_fill_(hidden, float("-inf"))
         return out
 
@@ -58,7 +60,7 @@ class _BlockAttention(torch.autograd.Function):
         return out, maxima
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, hidden, *kept = ctx.saved_tensors
         T, scale = q.shape[1], ctx.scale
         grad_q = torch.empty_like(q)
@@ -111,7 +113,7 @@ def attention(
         with torch.no_grad():
             return out, max_logits_by_blocks(q_BHTd, k_BHTd, scale=scale) if with_max else None
     q, k, v = q_BHTd.flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
-    out, rows = _BlockAttention.apply(q, k, v, scale, with_max)
+    out, rows = _BlockAttention.apply(q, k, v, scale, with_max)  # type: ignore[no-untyped-call]
     out = out.view(B, H, T, -1)
     if not with_max:
         return out, None

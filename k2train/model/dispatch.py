@@ -37,7 +37,7 @@ class _Spread(torch.autograd.Function):
         return x_ND.index_select(0, token_M)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (place_M,) = ctx.saved_tensors
         rows = grad.index_select(0, place_M)
         return (rows if len(rows) == ctx.tokens else rows.view(ctx.tokens, -1, rows.shape[-1]).sum(1)), None, None
@@ -54,7 +54,7 @@ class _Combine(torch.autograd.Function):
         return (rows_NKD * weights_NK[..., None]).sum(1).to(y_MD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_MD, weights_NK, order_M, place_M = ctx.saved_tensors
         grad_MD = grad.index_select(0, order_M // weights_NK.shape[1])
         grad_weights = torch.linalg.vecdot(y_MD, grad_MD).to(weights_NK.dtype).index_select(0, place_M)
@@ -73,7 +73,7 @@ class _Exchange(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         out = grad.new_empty(sum(ctx.sent), grad.shape[1])
         dist.all_to_all_single(out, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
         return out, None, None, None
@@ -116,8 +116,8 @@ class LocalDispatch:
     ) -> Tensor:
         """See ``Dispatch``."""
         order_M, place_M = _sorted(index_NK.flatten())
-        rows_MD = _Spread.apply(x_ND, order_M // index_NK.shape[1], place_M)
-        out: Tensor = _Combine.apply(experts(rows_MD, loads_E), weights_NK, order_M, place_M)
+        rows_MD = _Spread.apply(x_ND, order_M // index_NK.shape[1], place_M)  # type: ignore[no-untyped-call]
+        out: Tensor = _Combine.apply(experts(rows_MD, loads_E), weights_NK, order_M, place_M)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -135,17 +135,17 @@ class AllToAllDispatch:
     ) -> Tensor:
         """See ``Dispatch``."""
         order_M, place_M = _sorted(index_NK.flatten())
-        rows_MD = _Spread.apply(x_ND, order_M // index_NK.shape[1], place_M)
+        rows_MD = _Spread.apply(x_ND, order_M // index_NK.shape[1], place_M)  # type: ignore[no-untyped-call]
         # Sorted by global expert is sorted by process; what arrives is sorted by (source, own expert).
         sent_PF = loads_E.view(self.size, -1)
         received_PF = torch.empty_like(sent_PF)
         dist.all_to_all_single(received_PF, sent_PF, group=self.group)
         sent, received = torch.stack((sent_PF.sum(1), received_PF.sum(1))).tolist()
-        arrived = _Exchange.apply(rows_MD, sent, received, self.group)
+        arrived = _Exchange.apply(rows_MD, sent, received, self.group)  # type: ignore[no-untyped-call]
         expert_F = torch.arange(sent_PF.shape[1], device=x_ND.device).repeat(self.size)
         expert_of_row = expert_F.repeat_interleave(received_PF.flatten(), output_size=sum(received))
         order, place = _sorted(expert_of_row)
-        done = experts(_Spread.apply(arrived, order, place), received_PF.sum(0))
-        returned = _Exchange.apply(_Spread.apply(done, place, order), received, sent, self.group)
-        out: Tensor = _Combine.apply(returned, weights_NK, order_M, place_M)
+        done = experts(_Spread.apply(arrived, order, place), received_PF.sum(0))  # type: ignore[no-untyped-call]
+        returned = _Exchange.apply(_Spread.apply(done, place, order), received, sent, self.group)  # type: ignore[no-untyped-call]
+        out: Tensor = _Combine.apply(returned, weights_NK, order_M, place_M)  # type: ignore[no-untyped-call]
         return out

@@ -22,14 +22,14 @@ class _ExpertLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, loads: list[int]) -> Tensor:
         gate, up = x_MD.new_empty(len(x_MD), w1.shape[1]), x_MD.new_empty(len(x_MD), w1.shape[1])
-        rows = (x_MD.split(loads), gate.split(loads), up.split(loads))
+        rows = (torch.split(x_MD, loads), torch.split(gate, loads), torch.split(up, loads))
         for x_e, gate_e, up_e, w1_e, w3_e in zip(*rows, w1.unbind(), w3.unbind(), strict=True):
             if len(x_e):
                 torch.mm(x_e, w1_e.t(), out=gate_e)
                 torch.mm(x_e, w3_e.t(), out=up_e)
         hidden = F.silu(gate).mul_(up)
         out = torch.empty_like(x_MD)
-        for hidden_e, out_e, w2_e in zip(hidden.split(loads), out.split(loads), w2.unbind(), strict=True):
+        for hidden_e, out_e, w2_e in zip(torch.split(hidden, loads), torch.split(out, loads), w2.unbind(), strict=True):
             if len(hidden_e):
                 torch.mm(hidden_e, w2_e.t(), out=out_e)
         ctx.save_for_backward(x_MD, w1, w3, w2, gate, up)
@@ -37,15 +37,14 @@ class _ExpertLoop(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, w1, w3, w2, gate, up = ctx.saved_tensors
         loads = ctx.loads
         activated = F.silu(gate)
         hidden = activated * up
         grad_hidden = torch.empty_like(hidden)
         grad_w1, grad_w3, grad_w2 = torch.empty_like(w1), torch.empty_like(w3), torch.empty_like(w2)
-        grads = grad.split(loads)
-        rows = (grads, hidden.split(loads), grad_hidden.split(loads))
+        rows = (torch.split(grad, loads), torch.split(hidden, loads), torch.split(grad_hidden, loads))
         for grad_e, hidden_e, grad_hidden_e, w2_e, out_e in zip(*rows, w2.unbind(), grad_w2.unbind(), strict=True):
             torch.mm(grad_e.t(), hidden_e, out=out_e)  # zeros for an expert without rows
             if len(grad_e):
@@ -53,9 +52,14 @@ class _ExpertLoop(torch.autograd.Function):
         grad_up = activated.mul_(grad_hidden)
         grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
         grad_x = torch.empty_like(x)
-        rows = (x.split(loads), grad_x.split(loads), grad_gate.split(loads), grad_up.split(loads))
+        inputs = (
+            torch.split(x, loads),
+            torch.split(grad_x, loads),
+            torch.split(grad_gate, loads),
+            torch.split(grad_up, loads),
+        )
         weights = (w1.unbind(), w3.unbind(), grad_w1.unbind(), grad_w3.unbind())
-        for x_e, grad_x_e, grad_gate_e, grad_up_e, w1_e, w3_e, out1_e, out3_e in zip(*rows, *weights, strict=True):
+        for x_e, grad_x_e, grad_gate_e, grad_up_e, w1_e, w3_e, out1_e, out3_e in zip(*inputs, *weights, strict=True):
             torch.mm(grad_gate_e.t(), x_e, out=out1_e)
             torch.mm(grad_up_e.t(), x_e, out=out3_e)
             if len(x_e):
@@ -88,7 +92,7 @@ def expert_mlps(x_MD: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, loads_E: Tenso
     # grouped_mm on a GPU takes bf16 whose rows are multiples of 16 bytes.
     if x_MD.is_cuda and x_MD.dtype == torch.bfloat16 and w1.shape[1] % 8 == 0 and w1.shape[2] % 8 == 0:
         return _grouped(x_MD, w1, w3, w2, loads_E)
-    out: Tensor = _ExpertLoop.apply(x_MD, w1, w3, w2, loads_E.tolist())
+    out: Tensor = _ExpertLoop.apply(x_MD, w1, w3, w2, loads_E.tolist())  # type: ignore[no-untyped-call]
     return out
 
 

@@ -20,7 +20,7 @@ class Float32Buffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: getattr(self, name) for name in self.float32_buffers}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             after = getattr(self, name)
             if after.dtype != torch.float32:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # a label that is not to be predicted, as in torch and transformers
-# fp32 logits that exist at a time: 64 MiB. When there are no more in all, they are kept for the backward pass.
-CHUNK_LOGITS = 2**24
+# Logits of a chunk of tokens: 4 MiB in fp32, which stay in cache and are allocated without fresh pages.
+CHUNK_LOGITS = 2**20
+# Logits that may be kept for the backward pass (64 MiB in fp32); when there are more in all, none are.
+KEPT_LOGITS = 2**24
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -23,27 +25,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int) -> Tensor:
         target_N1 = labels_N.clamp(min=0)[:, None]
+        keep = any(ctx.needs_input_grad) and len(x_ND) * len(weight_VD) <= KEPT_LOGITS
         parts, kept = [], []
-        for x, target in zip(x_ND.split(rows), target_N1.split(rows), strict=True):
+        for x, target in zip(torch.split(x_ND, rows), torch.split(target_N1, rows), strict=True):
             log_probabilities = _ChunkedCrossEntropy._log_probabilities(x, weight_VD)
             parts.append(log_probabilities.gather(1, target).squeeze(1).neg_())
-            if rows >= len(x_ND) and any(ctx.needs_input_grad):
+            if keep:
                 kept.append(log_probabilities)
         ctx.save_for_backward(x_ND, weight_VD, labels_N, *kept)
         ctx.rows = rows
         return torch.cat(parts).masked_fill_(labels_N == IGNORE, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_ND, weight_VD, labels_N, *kept = ctx.saved_tensors
         grad_N1 = grad_N.masked_fill(labels_N == IGNORE, 0.0)[:, None]
         target_N1 = labels_N.clamp(min=0)[:, None]
         grad_x = torch.empty_like(x_ND)
         # Summed over chunks, hence in fp32 at least.
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
-        chunks = (x_ND.split(ctx.rows), target_N1.split(ctx.rows), grad_N1.split(ctx.rows), grad_x.split(ctx.rows))
-        for x, target, grad, out in zip(*chunks, strict=True):
-            log_probabilities = kept[0] if kept else _ChunkedCrossEntropy._log_probabilities(x, weight_VD)
+        chunks = (torch.split(tensor, ctx.rows) for tensor in (x_ND, target_N1, grad_N1, grad_x))
+        for number, (x, target, grad, out) in enumerate(zip(*chunks, strict=True)):
+            log_probabilities = kept[number] if kept else _ChunkedCrossEntropy._log_probabilities(x, weight_VD)
             # d loss / d logits = softmax - one-hot(label)
             grad_logits = log_probabilities.exp().mul_(grad).scatter_add_(1, target, -grad).to(x.dtype)
             torch.mm(grad_logits, weight_VD, out=out)
@@ -54,21 +57,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight.to(weight_VD.dtype), None, None
 
 
-def cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
+def cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     """``-log softmax(x W^T)[label]`` of each token.
 
     The logits are made a chunk of tokens at a time, in the dtype of ``x_ND``; the softmax is fp32. They are made again
-    in the backward pass, unless one chunk is enough for all.
+    in the backward pass, unless they are few (``KEPT_LOGITS``).
 
     Args:
         x_ND: normed hidden states.
         weight_VD: of the head.
         labels_N: token ids int64, or -100 for a token without loss and gradient.
-        chunk_logits: logits that may exist at a time.
 
     Returns:
         [N] nats in fp32, 0 where the label is -100.
     """
-    rows = max(1, chunk_logits // weight_VD.shape[0])
-    out: Tensor = _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows)
+    rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+    out: Tensor = _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows)  # type: ignore[no-untyped-call]
     return out

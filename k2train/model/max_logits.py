@@ -73,7 +73,7 @@ def refine_max_logits(q_BHTd: Tensor, k_BHTd: Tensor, rounded_BHT: Tensor, *, sc
     largest = torch.full_like(head, float("-inf"))
     for b, h in candidate.any(-1).nonzero().tolist():
         k = k_BHTd[b, h].float()
-        for rows in candidate[b, h].nonzero().squeeze(1).split(ROWS):
+        for rows in torch.split(candidate[b, h].nonzero().squeeze(1), ROWS):
             logits = q_BHTd[b, h, rows].float() @ k.T
             later = torch.arange(k.shape[0], device=k.device) > rows[:, None]
             largest[h] = torch.maximum(largest[h], logits.masked_fill_(later, float("-inf")).amax())

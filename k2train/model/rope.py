@@ -28,7 +28,7 @@ def softmax_scale(head_dim: int, scaling: RopeScalingConfig | None) -> float:
         head_dim: nope plus rope dims.
         scaling: YaRN, or None.
     """
-    scale = head_dim**-0.5
+    scale = 1.0 / math.sqrt(head_dim)
     if scaling is not None and scaling.mscale_all_dim:
         scale *= yarn_mscale(factor=scaling.factor, mscale=scaling.mscale_all_dim) ** 2
     return scale
@@ -125,9 +125,7 @@ class _Heads(torch.autograd.Function):
         return q, k, kv_BHTd[..., N:].contiguous()
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         cos_TR, sin_TR = ctx.saved_tensors
         N, R, width = ctx.sizes
         B, H, T, d = grad_q.shape
@@ -159,5 +157,5 @@ def heads(
     Returns:
         q [B, H, T, N + R], k [B, H, T, N + R], v [B, H, T, V], contiguous.
     """
-    q, k, v = _Heads.apply(q_BTHd, kv_BTHd, rope_BTR, cos_TR, sin_TR)
+    q, k, v = _Heads.apply(q_BTHd, kv_BTHd, rope_BTR, cos_TR, sin_TR)  # type: ignore[no-untyped-call]
     return q, k, v

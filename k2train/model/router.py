@@ -33,7 +33,7 @@ def select(scores_NE: Tensor, bias_E: Tensor, *, top_k: int, n_group: int, topk_
     """
     choice = scores_NE + bias_E
     if n_group > 1:
-        groups_NGe = choice.unflatten(1, (n_group, -1))
+        groups_NGe = choice.view(len(choice), n_group, -1)
         value_NG = groups_NGe.topk(2, dim=-1).values.sum(-1)
         best = value_NG.topk(topk_group, dim=-1, sorted=False).indices
         shut_NG = torch.ones_like(value_NG, dtype=torch.bool).scatter_(1, best, False)
