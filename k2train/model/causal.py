@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k2train.model.max_logits import max_logits_by_blocks, refine_max_logits
+from k2train.model.max_logits import max_logits_by_blocks
 
 # Rows of q a block on the CPU: 64 to 128 were fastest at 256 to 4096 tokens, the logits staying in cache.
 ROWS = 128
@@ -29,7 +29,7 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def _block(q_nTd: Tensor, k_nTd: Tensor, hidden: Tensor, start: int, scale: float) -> Tensor:
         stop = start + hidden.shape[0]
-        # beta=0 ignores the first argument: this is bmm with the scale applied before rounding.
+        # beta=0 ignores the first argument: this is bmm with a scale.
         out = torch.baddbmm(
             q_nTd[:1, :1, :1], q_nTd[:, start:stop], k_nTd[:, :stop].transpose(1, 2), beta=0, alpha=scale
         )
@@ -43,14 +43,14 @@ class _BlockAttention(torch.autograd.Function):
         n, T, _ = q_nTd.shape
         hidden = torch.ones(min(ROWS, T), min(ROWS, T), dtype=torch.bool, device=q_nTd.device).triu_(1)
         keep = any(ctx.needs_input_grad) and n * T * T // 2 <= KEPT_PROBABILITIES
-        out, maxima, kept = torch.empty_like(v_nTV), q_nTd.new_empty(n, T if with_max else 0), []
+        q, k = _wide(q_nTd), _wide(k_nTd)
+        out, maxima, kept = torch.empty_like(v_nTV), q.new_full((n,), float("-inf")), []
         for start in range(0, T, ROWS):
             stop = min(start + ROWS, T)
-            part = hidden[: stop - start, : stop - start]
-            logits = _BlockAttention._block(q_nTd, k_nTd, part, start, scale)
+            logits = _BlockAttention._block(q, k, hidden[: stop - start, : stop - start], start, scale)
             if with_max:
-                maxima[:, start:stop] = logits.amax(-1)
-            probabilities = logits.softmax(-1)
+                maxima = torch.maximum(maxima, logits.amax((1, 2)))
+            probabilities = logits.softmax(-1).to(v_nTV.dtype)
             out[:, start:stop] = torch.bmm(probabilities, v_nTV[:, :stop])
             if keep:
                 kept.append(probabilities)
@@ -65,15 +65,14 @@ class _BlockAttention(torch.autograd.Function):
         T, scale = q.shape[1], ctx.scale
         grad_q = torch.empty_like(q)
         # Summed over blocks, hence in fp32 at least.
-        wide = torch.promote_types(k.dtype, torch.float32)
-        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        grad_k, grad_v = torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
         for block, start in enumerate(range(0, T, ROWS)):
             stop = min(start + ROWS, T)
             if kept:
                 p = kept[block]
             else:
                 part = hidden[: stop - start, : stop - start]
-                p = _BlockAttention._block(q, k, part, start, scale).softmax(-1)
+                p = _BlockAttention._block(_wide(q), _wide(k), part, start, scale).softmax(-1).to(v.dtype)
             grad_rows = grad[:, start:stop]
             grad_p = torch.bmm(grad_rows, v[:, :stop].transpose(1, 2))
             grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
@@ -81,6 +80,11 @@ class _BlockAttention(torch.autograd.Function):
             _add_bmm(grad_k[:, :stop], grad_s.transpose(1, 2), q[:, start:stop], scale)
             _add_bmm(grad_v[:, :stop], p.transpose(1, 2), grad_rows, 1.0)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32 at least. A logit of 130 in bf16 is off by up to 0.5, and so would be its place in the softmax."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _add_bmm(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -113,12 +117,5 @@ def attention(
         with torch.no_grad():
             return out, max_logits_by_blocks(q_BHTd, k_BHTd, scale=scale) if with_max else None
     q, k, v = q_BHTd.flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
-    out, rows = _BlockAttention.apply(q, k, v, scale, with_max)  # type: ignore[no-untyped-call]
-    out = out.view(B, H, T, -1)
-    if not with_max:
-        return out, None
-    rows_BHT = rows.view(B, H, T)
-    if q.dtype in (torch.float32, torch.float64):
-        return out, rows_BHT.amax((0, 2)).float()
-    with torch.no_grad():
-        return out, refine_max_logits(q_BHTd, k_BHTd, rows_BHT, scale=scale)
+    out, maxima = _BlockAttention.apply(q, k, v, scale, with_max)  # type: ignore[no-untyped-call]
+    return out.view(B, H, T, -1), maxima.view(B, H).amax(0).float() if with_max else None

@@ -26,8 +26,8 @@ def _logits(q_nRd: Tensor, k_nTd: Tensor) -> Tensor:
 def max_logits_by_blocks(q_BHTd: Tensor, k_BHTd: Tensor, *, scale: float) -> Tensor:
     """The maxima by a pass of its own over all visible pairs, a block of rows at a time.
 
-    Nothing here depends on the data, so that a GPU's host never waits: this serves attention kernels that keep their
-    logits to themselves.
+    For attention kernels that keep their logits to themselves. Nothing here depends on the data, so that a GPU's host
+    never waits.
 
     Args:
         q_BHTd: queries.
@@ -47,34 +47,3 @@ def max_logits_by_blocks(q_BHTd: Tensor, k_BHTd: Tensor, *, scale: float) -> Ten
         logits[:, :, start:].masked_fill_(hidden[: stop - start, : stop - start], float("-inf"))
         largest = torch.maximum(largest, logits.amax((1, 2)).view(B, H))
     return largest.amax(0) * scale
-
-
-def refine_max_logits(q_BHTd: Tensor, k_BHTd: Tensor, rounded_BHT: Tensor, *, scale: float) -> Tensor:
-    """The exact maxima from those of rounded logits: only rows that can hold a head's maximum are computed again.
-
-    A rounded logit is within a factor of 1 +- 2^-8 of the exact one in bf16. So a row can hold the maximum only when
-    its rounded maximum is within 2^-6 of the head's: a few rows in practice. For the CPU: the number of rows depends
-    on the data.
-
-    Args:
-        q_BHTd: queries.
-        k_BHTd: keys.
-        rounded_BHT: the largest logit of each row, scaled, as a kernel in bf16 found it.
-        scale: of the softmax, positive.
-
-    Returns:
-        [H] fp32.
-    """
-    rounded = rounded_BHT.float()
-    head = rounded.amax((0, 2))
-    floor = head - head.abs() * 2.0**-6
-    # Not "rounded >= floor": a NaN, or the infinity of a row that overflowed, must be looked at again.
-    candidate = ~(rounded < floor[:, None])
-    largest = torch.full_like(head, float("-inf"))
-    for b, h in candidate.any(-1).nonzero().tolist():
-        k = k_BHTd[b, h].float()
-        for rows in torch.split(candidate[b, h].nonzero().squeeze(1), ROWS):
-            logits = q_BHTd[b, h, rows].float() @ k.T
-            later = torch.arange(k.shape[0], device=k.device) > rows[:, None]
-            largest[h] = torch.maximum(largest[h], logits.masked_fill_(later, float("-inf")).amax())
-    return largest * scale
