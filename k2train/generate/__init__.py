@@ -1,0 +1,5 @@
+"""Text from a trained model."""
+
+from k2train.generate.sample import next_token, sample_text
+
+__all__ = ["next_token", "sample_text"]
