@@ -11,9 +11,7 @@ document that spells ``<|end_of_text|>`` is encoded as those characters.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import numpy as np
 import tiktoken
@@ -55,8 +53,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> str:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with _parallel_for_now():
-        tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     text: str = tokenizer.to_str(pretty=True)
     return text
 
@@ -110,8 +107,7 @@ class Tokenizer:
                 return np.asarray(self._fast.encode_to_numpy(text, disallowed_special=()), dtype=np.uint32)
             except ValueError:
                 pass  # its regex engine gives up on white space by the hundred thousand; the reference does not
-        with _parallel_for_now():
-            return np.asarray(self._reference.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.asarray(self._reference.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for; a special token stands for its name."""
@@ -127,27 +123,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD, as a sample may stop inside a character."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
-
-
-@contextmanager
-def _parallel_for_now() -> Iterator[None]:
-    """Lets ``tokenizers`` use its threads inside the block, unless the user has decided.
-
-    Afterwards the variable stays set to false: a process that forks after the threads were used would otherwise be
-    warned about a deadlock on every fork.
-    """
-    if _USER_DECIDED:
-        yield
-        return
-    os.environ[_PARALLELISM] = "true"
-    try:
-        yield
-    finally:
-        os.environ[_PARALLELISM] = "false"
-
-
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
-_USER_DECIDED = _PARALLELISM in os.environ
 
 
 def _bytes_of_characters() -> dict[str, int]:

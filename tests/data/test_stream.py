@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from k2train.data import DataError, Dataset, TrainStream, open_dataset, prepare
+from k2train.data import DataError, Dataset, Span, TrainStream, open_dataset, prepare
 from k2train.data.order import positions
 
 
@@ -73,6 +73,17 @@ def test_trace_names_the_documents_of_a_sample(dataset: Dataset):
         traced = [token for span in spans for token in ids[span.origin][span.start : span.stop]]
         assert traced == stream.sample(number).tolist()
     assert pieces > stream.windows  # samples of several documents were among them
+
+
+def test_a_trace_that_begins_at_a_document_begins_with_it(dataset: Dataset):
+    stream = dataset.stream("train")
+    start = 0
+    for origin, tokens in stream.documents():
+        stop = start + len(tokens) + 1
+        assert stream.spans(start, stop) == [Span(origin, 0, len(tokens) + 1)]
+        assert stream.spans(stop - 1, stop) == [Span(origin, len(tokens), len(tokens) + 1)]  # its end_of_text
+        start = stop
+    assert start == len(stream)
 
 
 def test_prefetched_batches_are_the_batches(stream: TrainStream):
