@@ -1,0 +1,64 @@
+"""Experts shared out over two processes give the outputs and gradients of one process on the same global batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from k2train.config import ModelConfig
+from k2train.model import ExpertParallel, Transformer, build_model
+
+ROWS = (slice(0, 2), slice(2, 3))  # sequences of each rank: not equally many
+
+
+def run(model: Transformer, rows: slice, *, crowded: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Token losses and gradients of these sequences; crowded: all tokens choose experts 0 and 1, of rank 0."""
+    for _, moe in model.moe_layers():
+        if crowded:
+            moe.gate.e_score_correction_bias[:2] += 2.0
+    tokens = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))[rows]
+    loss, balance = model(tokens, tokens.roll(1, 1))
+    # The mean over all sequences of the balance loss is a weighted mean of the ranks' means.
+    (loss.sum() + balance * len(tokens)).backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worker(rank: int, store: str, config: ModelConfig) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    parallel = ExpertParallel(group=dist.group.WORLD, size=2, rank=rank)
+    for crowded in (False, True):
+        whole = build_model(config, seed=0)
+        losses, gradients = run(whole, slice(0, 3), crowded=crowded)
+        shared = build_model(config, seed=0, expert_parallel=parallel)
+        own_losses, own_gradients = run(shared, ROWS[rank], crowded=crowded)
+
+        torch.testing.assert_close(own_losses, losses[ROWS[rank]], atol=1e-6, rtol=1e-5)
+        assert set(own_gradients) == set(gradients)
+        for name, gradient in own_gradients.items():
+            if ".experts." in name:
+                half = config.n_routed_experts // 2
+                expected = gradients[name][half * rank : half * (rank + 1)]
+            else:
+                dist.all_reduce(gradient)
+                expected = gradients[name]
+            torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        for (_, one), (_, other) in zip(whole.moe_layers(), shared.moe_layers(), strict=True):
+            loads = other.gate.loads.clone()
+            dist.all_reduce(loads)
+            assert torch.equal(loads, one.gate.loads)
+            if crowded:
+                assert loads.tolist()[2:] == [0] * 6
+
+    with torch.no_grad():
+        tokens = torch.zeros(1, 5, dtype=torch.int64)
+        torch.testing.assert_close(shared.eval().logits(tokens), whole.eval().logits(tokens), atol=1e-6, rtol=1e-5)
+    dist.destroy_process_group()
+
+
+def test_two_processes(config: ModelConfig, tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path / "store"), dataclasses.replace(config, balance_loss_weight=0.01)), nprocs=2)
