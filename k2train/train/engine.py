@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import deepspeed
@@ -63,6 +64,7 @@ def build_engine(
     config: RunConfig, model: Transformer, optimizer: MuonClip, *, world: World, precision: str
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps both in DeepSpeed's ZeRO engine."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists on it, even alone
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, world=world, precision=precision)
     )

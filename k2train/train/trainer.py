@@ -19,7 +19,7 @@ import k2train
 from k2train.checkpoint import Interval, newest_checkpoint, prune, save_checkpoint
 from k2train.comm import World, sum_across
 from k2train.config import RunConfig, to_dict
-from k2train.data import TrainStream, open_dataset
+from k2train.data import Tokenizer, TrainStream, open_dataset
 from k2train.model import build_model, update_bias
 from k2train.paths import RunPaths
 from k2train.train import state, zero
@@ -67,7 +67,7 @@ class Trainer:
             seed=config.seed,
             dtype=PRECISIONS[self.precision],
             device=world.device,
-            expert_parallel=parallel,
+            expert_parallel=parallel if parallel.size > 1 else None,
             moe_class=DeepSpeedMoE,
         )
         mark_experts(self.model, parallel)
@@ -196,7 +196,7 @@ class Trainer:
         found = held_out_loss(
             self.model,
             windows,
-            bytes_of_token=self.dataset.tokenizer.bytes_of_token,
+            bytes_of_token=_bytes_of_tokens(self.dataset.tokenizer),
             batch_size=config.train.micro_batch_size,
             world=self.world,
         )
@@ -292,6 +292,12 @@ class Trainer:
             "numpy": np.__version__,
             "safetensors": safetensors.__version__,
         }
+
+
+def _bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:
+    """(V,) bytes of text that each token stands for; end_of_text stands for none."""
+    ids = range(tokenizer.vocab_size)
+    return torch.tensor([0 if i == tokenizer.end_of_text else len(tokenizer.decode_bytes([i])) for i in ids])
 
 
 def _set_threads(threads: int | None, world: World) -> int:

@@ -1,1 +1,32 @@
-"""MuonClip: Muon plus per-head QK-Clip."""
+"""MuonClip, the optimizer of Kimi K2 (arXiv 2507.20534), for any training loop; needs torch alone.
+
+Names are imported when they are first used, so that ``muonclip.ownership`` can be used without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from muonclip.groups import split_parameters
+    from muonclip.newton_schulz import newton_schulz
+    from muonclip.optimizer import MuonClip
+    from muonclip.qk_clip import ClippableAttention, QKClip
+    from muonclip.sharded import FlatLayout, Piece
+
+__all__ = ["ClippableAttention", "FlatLayout", "MuonClip", "Piece", "QKClip", "newton_schulz", "split_parameters"]
+
+_HOMES = {
+    "ClippableAttention": "qk_clip",
+    "FlatLayout": "sharded",
+    "MuonClip": "optimizer",
+    "Piece": "sharded",
+    "QKClip": "qk_clip",
+    "newton_schulz": "newton_schulz",
+    "split_parameters": "groups",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'muonclip' has no attribute {name!r}")
+    return getattr(import_module(f"muonclip.{_HOMES[name]}"), name)

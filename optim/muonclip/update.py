@@ -1,0 +1,87 @@
+"""What a step does to one tensor, as formulas: Muon's momentum and scale, decoupled decay, AdamW.
+
+Muon with Moonlight's changes (arXiv 2502.16982, section 2.2), for a matrix W of A x B with gradient G:
+
+    M <- mu M + G
+    O <- NewtonSchulz(G + mu M)  with Nesterov's momentum, NewtonSchulz(M) without
+    W <- W - eta * (0.2 * sqrt(max(A, B)) * O + lambda W)
+
+An orthogonal O has entries of root mean square 1 / sqrt(max(A, B)), so the scale makes the update as large as AdamW's
+usually is (0.2 to 0.4), and one learning rate and decay serve both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+UPDATE_RMS = 0.2
+
+
+def momentum_directions(
+    grads: Sequence[Tensor], momenta: Sequence[Tensor], *, momentum: float, nesterov: bool
+) -> list[Tensor]:
+    """Updates the momenta in place and returns what is to be orthogonalised.
+
+    Args:
+        grads: any floating dtype.
+        momenta: of the same shapes; changed.
+        momentum: mu.
+        nesterov: whether the direction looks one step ahead.
+
+    Returns:
+        New tensors of the momenta's dtype; without Nesterov the momenta themselves.
+    """
+    same = [grad.to(m.dtype) for grad, m in zip(grads, momenta, strict=True)]
+    averages = list(momenta)
+    torch._foreach_mul_(averages, momentum)
+    torch._foreach_add_(averages, same)
+    return list(torch._foreach_add(same, averages, alpha=momentum)) if nesterov else averages
+
+
+def muon_scale(rows: int, columns: int) -> float:
+    """What an orthogonal update of a rows x columns matrix is multiplied with, before the learning rate."""
+    return UPDATE_RMS * math.sqrt(max(rows, columns))
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW (arXiv 1711.05101) in place, by torch's own fused kernel.
+
+    Args:
+        params: changed.
+        grads: of the same shapes.
+        states: ``exp_avg``, ``exp_avg_sq`` and ``step`` (a 0-d float32 tensor) of each; changed.
+        lr: learning rate.
+        betas: decay of the two averages.
+        eps: added to the root of the second.
+        weight_decay: decoupled, times lr.
+    """
+    adamw(
+        list(params),
+        [grad.to(p.dtype) for grad, p in zip(grads, params, strict=True)],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
