@@ -1,8 +1,9 @@
 """Every knob of a run, typed and checked, without torch.
 
-``schema`` holds the knobs, ``parse`` turns a plain mapping (from Hydra, JSON or Python) into them.
+``schema`` holds the knobs, ``keys`` lists them, ``parse`` turns a plain mapping (from Hydra, JSON or Python) into them.
 """
 
+from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.parse import ConfigError, parse, to_dict
 from k2train.config.schema import (
     CheckpointConfig,
@@ -37,6 +38,9 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "ValidateConfig",
+    "find_key",
+    "key_types",
     "parse",
+    "suggest_key",
     "to_dict",
 ]

@@ -28,6 +28,10 @@ def rule(
     )
 
 
+# What a parameter is for; the model says it of each of its own.
+ROLES = ("embedding", "head", "attention", "mlp", "expert", "router", "norm")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
     """YaRN (arXiv 2309.00071) with DeepSeek-V3's names; null in the model config switches it off."""
@@ -44,9 +48,8 @@ class RopeScalingConfig:
 class ModelConfig:
     """Architecture of a DeepSeek-V3 / Kimi K2 transformer, in the names of the released ``config.json``."""
 
-    vocab_size: int | None = rule(
-        at_least=1
-    )  # null: the tokenizer's size, rounded up to data.tokenizer.pad_to_multiple
+    # null: the tokenizer's size, rounded up to data.tokenizer.pad_to_multiple
+    vocab_size: int | None = rule(at_least=1)
     hidden_size: int = rule(at_least=1)
     num_hidden_layers: int = rule(at_least=1)
     first_k_dense_replace: int = rule(at_least=0)
@@ -79,14 +82,18 @@ class ModelConfig:
         if self.num_experts_per_tok > self.n_routed_experts:
             yield (
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
-                f"n_routed_experts={self.n_routed_experts}: a token cannot go to more experts than there are; lower the first or raise the second"
+                f"n_routed_experts={self.n_routed_experts}: a token cannot go to more experts than there are; "
+                "lower the first or raise the second"
             )
         if self.n_routed_experts % self.n_group:
             yield f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}"
         elif self.topk_group > self.n_group:
             yield f"topk_group={self.topk_group} must not exceed n_group={self.n_group}"
         elif self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group):
-            yield f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of topk_group={self.topk_group} groups"
+            yield (
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of "
+                f"topk_group={self.topk_group} groups"
+            )
         elif self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             yield f"n_group={self.n_group} leaves groups of one expert; a group is scored by its two best experts"
 
@@ -143,12 +150,15 @@ class OptimConfig:
     eps: float = rule(above=0)
     tau: float | None = rule(above=0)  # QK-Clip's threshold on the max attention logit; required by muonclip
     clip_grad_norm: float = rule(at_least=0)  # by the raw global norm; 0: off
-    roles: dict[str, RoleConfig] = rule()  # embedding, head, attention, mlp, expert, router, norm
+    roles: dict[str, RoleConfig] = rule()  # each of ROLES
 
     def check(self) -> Iterator[str]:
         """Sentences on fields that contradict each other."""
         if self.name == "muonclip" and self.tau is None:
             yield "tau is null but name=muonclip clips at it: set optim.tau=100 (K2's value), or use optim=muon"
+        for role in sorted(self.roles.keys() ^ set(ROLES)):
+            fault = "is missing" if role in ROLES else "is no role of a parameter"
+            yield f"roles.{role} {fault}: the roles are {', '.join(ROLES)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +176,8 @@ class ScheduleConfig:
         """Sentences on fields that contradict each other."""
         if (self.steps is None) == (self.tokens is None):
             yield (
-                f"steps={self.steps} and tokens={self.tokens}: give exactly one as the run's length, null as the other, "
-                "as in schedule.steps=null schedule.tokens=2000000"
+                f"steps={self.steps} and tokens={self.tokens}: give exactly one as the run's length, null as the "
+                "other, as in schedule.steps=null schedule.tokens=2000000"
             )
 
 
