@@ -51,7 +51,8 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y_MD, weights_NK, order_M, place_M)
         N, K = weights_NK.shape
         rows_NKD = y_MD.index_select(0, place_M).view(N, K, -1)
-        return (rows_NKD * weights_NK[..., None]).sum(1).to(y_MD.dtype)
+        wide = torch.promote_types(y_MD.dtype, weights_NK.dtype)
+        return torch.bmm(weights_NK[:, None].to(wide), rows_NKD.to(wide)).squeeze(1).to(y_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -122,6 +122,5 @@ def test_logits_loss_and_gradients(
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name in ours:
         if (pair := hf_name(name, ours)) is not None:
-            torch.testing.assert_close(
-                pair[1], wanted[pair[0]], atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            expected_grad = wanted[pair[0]]
+            assert (pair[1] - expected_grad).abs().max() <= 1e-5 * (1 + expected_grad.abs().max()), name

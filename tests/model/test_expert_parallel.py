@@ -46,7 +46,7 @@ def worker(rank: int, store: str, config: ModelConfig) -> None:
             else:
                 dist.all_reduce(gradient)
                 expected = gradients[name]
-            torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            assert (gradient - expected).abs().max() <= 1e-5 * (1 + expected.abs().max()), name
         for (_, one), (_, other) in zip(whole.moe_layers(), shared.moe_layers(), strict=True):
             loads = other.gate.loads.clone()
             dist.all_reduce(loads)
