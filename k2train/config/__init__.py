@@ -20,6 +20,7 @@ from k2train.config.schema import (
     TrackConfig,
     TrainConfig,
     ValidateConfig,
+    WriteConfig,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "ValidateConfig",
+    "WriteConfig",
     "find_key",
     "key_types",
     "parse",

@@ -299,3 +299,12 @@ class RunConfig:
                 f"process{'es' if world_size > 1 else ''} of this run: "
                 "start a multiple of it with torchrun --nproc_per_node, or lower it"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteConfig:
+    """All that decides what ``k2train generate`` writes."""
+
+    run: str = rule()  # the folder of a run; its newest checkpoint speaks
+    device: str = rule(one_of=("auto", "cpu", "cuda"))
+    generate: GenerateConfig = rule()

@@ -1,0 +1,83 @@
+"""The command line: from words to a typed config to what lower floors do with it.
+
+Help is printed, and every fault of a config found, before torch or anything else that takes long is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+import k2train
+from k2train.cli.arguments import Arguments, read_arguments
+from k2train.cli.commands import COMMANDS, Command
+from k2train.cli.help import INSTALL, command_help, general_help
+from k2train.config import ConfigError, parse
+from k2train.paths import explain_oserror
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        words: what was typed after ``k2train``; None takes it from ``sys.argv``.
+
+    Returns:
+        The exit status: 0 done, 1 the run failed, 2 it was asked for wrongly, 130 stopped by Ctrl-C.
+    """
+    first, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
+    if first in ("--help", "-h", "help"):
+        print(general_help(installed=_installed()))
+        return OK
+    if first == "--version":
+        print(f"k2train {k2train.__version__}")
+        return OK
+    if first not in COMMANDS:
+        close = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        return _refuse([f"{first!r} is no command: {hint}"], USAGE)
+    try:
+        return _run(COMMANDS[first], read_arguments(rest))
+    except ConfigError as error:
+        return _refuse(error.faults, USAGE)
+    except OSError as error:
+        return _refuse([explain_oserror(error)], FAILED)
+    except KeyboardInterrupt:
+        return _refuse(["stopped; the same command goes on from where it was"], INTERRUPTED)
+
+
+def _run(command: Command, arguments: Arguments) -> int:
+    if arguments.help:
+        print(command_help(command, arguments.config_dirs))
+        return OK
+    if not _installed():
+        return _refuse([f"the packages that train are not installed: {INSTALL}"], USAGE)
+    from k2train.cli.compose import as_yaml, compose
+
+    mapping = compose(command, arguments.overrides, arguments.config_dirs)
+    if arguments.show_config:
+        print(as_yaml(mapping), end="")
+    config: object = parse(command.schema, mapping)
+    if arguments.show_config:
+        return OK
+    if sys.platform == "win32":
+        return _refuse([f"k2train {command.name} needs Linux: on Windows start it inside WSL 2"], USAGE)
+    return int(importlib.import_module(command.module).run(config))
+
+
+def _installed() -> bool:
+    """Whether the extra ``train`` is there; MuonClip alone does without."""
+    return all(importlib.util.find_spec(name) is not None for name in ("hydra", "deepspeed"))
+
+
+def _refuse(faults: Sequence[str], status: int) -> int:
+    """Tells the person, once however many processes there are, and returns ``status``."""
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(f"k2train: error: {fault}" for fault in faults), file=sys.stderr)
+    return status

@@ -1,0 +1,95 @@
+"""The commands: what each is for, which config it reads and where its code is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from k2train.config import RunConfig, WriteConfig
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command; ``module`` has ``run(config) -> int``, and is imported when the config has been found right."""
+
+    name: str
+    summary: str
+    explanation: str
+    primary: str  # the file in configs/ that it starts from
+    groups: tuple[str, ...]  # that this file has in its defaults list
+    schema: type
+    module: str
+    common: tuple[tuple[str, str], ...]  # the overrides people need most, and what they do
+
+
+RUN_GROUPS = ("model", "data", "optim", "schedule", "parallel", "track", "experiment")
+
+PREPARE = Command(
+    name="prepare",
+    summary="turn text into token shards, which train does by itself if they are not there yet",
+    explanation=(
+        "Reads the corpus, holds a part of it out for validation, trains the tokenizer and writes token shards to the\n"
+        "cache. It takes the same overrides as train, so that train then finds what it needs. A second time it does\n"
+        "nothing."
+    ),
+    primary="train",
+    groups=RUN_GROUPS,
+    schema=RunConfig,
+    module="k2train.cli.prepare",
+    common=(
+        ("data=folder", "text of your own instead of Python's standard library; needs data.path"),
+        ("data.path=DIR", "the folder to read, with all below it"),
+        ("data.include=[*.py,*.md]", "only files whose names match one of these patterns"),
+        ("data.held_out=0.05", "share of the text kept for validation"),
+        ("data.tokenizer.vocab_size=4096", "tokens in the vocabulary"),
+        ("data.cache_dir=DIR", "where shards are kept; null: ~/.cache/k2train"),
+    ),
+)
+
+TRAIN = Command(
+    name="train",
+    summary="pretrain a model from scratch; goes on by itself where an interrupted run stopped",
+    explanation=(
+        "Prepares the data if need be, trains under DeepSpeed, and ends with the bits per byte on held-out text, a\n"
+        "sample of generated text and a picture of the curves, all in runs_dir/name. The same command again resumes\n"
+        "a run that was stopped, and shows the result of one that is finished.\n"
+        "\n"
+        "Several processes, one for each GPU of a machine:\n"
+        "  torchrun --standalone --nproc_per_node N -m k2train train [overrides]"
+    ),
+    primary="train",
+    groups=RUN_GROUPS,
+    schema=RunConfig,
+    module="k2train.cli.train",
+    common=(
+        ("name=NAME", "name of the run: its folder under runs_dir"),
+        ("model=base", "another size of model (the groups and their options are listed above)"),
+        ("data=folder data.path=DIR", "text of your own instead of Python's standard library"),
+        ("schedule.steps=2000", "length of the run in steps (in tokens: schedule.steps=null schedule.tokens=N)"),
+        ("optim=adamw", "another optimizer"),
+        ("optim.lr=0.005", "peak learning rate; optim.roles.ROLE.lr sets that of one kind of parameter"),
+        ("train.global_batch_size=64", "sequences a step, over all processes"),
+        ("train.micro_batch_size=4", "sequences a process computes at once: lower it if memory runs out"),
+        ("parallel.expert_parallel=2", "processes that share out the experts"),
+        ("seed=1", "of the weights' start and of the data's order"),
+    ),
+)
+
+GENERATE = Command(
+    name="generate",
+    summary="write text with a model that was trained",
+    explanation="Writes a text that begins with the prompt, with the newest checkpoint of a run.",
+    primary="generate",
+    groups=(),
+    schema=WriteConfig,
+    module="k2train.cli.generate",
+    common=(
+        ("run=runs/first", "the folder of the run"),
+        ("generate.prompt=TEXT", "what the text begins with, taken as it stands"),
+        ("generate.max_tokens=200", "length of what is written, at most"),
+        ("generate.temperature=0.7", "0: always the likeliest token; 1: as the model has learnt it"),
+        ("generate.seed=1", "another text for each"),
+        ("device=cpu", "where to compute; auto: on a GPU if there is one"),
+    ),
+)
+
+COMMANDS = {command.name: command for command in (PREPARE, TRAIN, GENERATE)}
