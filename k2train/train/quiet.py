@@ -173,7 +173,7 @@ def report_failure(error: BaseException, *, rank: int, world_size: int, log_path
         time.sleep(GRACE)
         others = _others(own, log_path.parent)
     speaks = _speaks(own, others)
-    message = _message(own, world_size=world_size, log_path=log_path, expected=_is_expected(error))
+    message = _message(own, others, world_size=world_size, log_path=log_path, expected=_is_expected(error))
     _tell_torchrun(message, when=own.time if speaks else own.time + 1)
     if speaks:
         start = "\n" if stderr.isatty() else ""  # a live panel of a rank that was killed leaves the cursor mid-line
@@ -221,12 +221,14 @@ def _speaks(own: Failure, others: list[Failure]) -> bool:
     return not any(f.lost_peer < own.lost_peer or (f.time, f.rank) < (own.time, own.rank) for f in better)
 
 
-def _message(failure: Failure, *, world_size: int, log_path: Path, expected: bool) -> str:
-    sentence = failure.sentence
-    if failure.lost_peer:
-        sentence = f"lost another process, which ended without a word (killed, or out of memory?): {sentence}"
-    who = f"rank {failure.rank} failed: " if world_size > 1 else "" if expected else "the run failed: "
-    return f"{who}{sentence}\nthe full traceback is in {log_path}"
+def _message(own: Failure, others: list[Failure], *, world_size: int, log_path: Path, expected: bool) -> str:
+    sentence = own.sentence
+    if own.lost_peer:
+        failed = [f"rank {f.rank}" for f in others if not f.lost_peer]
+        lost = f"{', '.join(failed)} failed" if failed else "another process ended without a word (out of memory?)"
+        sentence = f"stopped, as {lost}: {sentence}"
+    what = f"rank {own.rank} failed" if world_size > 1 else "error" if expected else "the run failed"
+    return f"k2train: {what}: {sentence}\nthe full traceback is in {log_path}"
 
 
 def _publish(own: Failure, folder: Path) -> list[Failure]:

@@ -184,17 +184,18 @@ def ranks(tmp_path, monkeypatch, capfd):
 
 def test_the_first_failure_is_the_one_that_is_read(ranks):
     log = ranks.folder / "rank-1.log"
-    assert ranks.fail(1, ValueError("no")) == f"rank 1 failed: no\nthe full traceback is in {log}\n"
+    assert ranks.fail(1, ValueError("no")) == f"k2train: rank 1 failed: no\nthe full traceback is in {log}\n"
     first = ranks.told
-    assert first["extraInfo"]["py_callstack"].startswith("rank 1 failed: no")
+    assert first["extraInfo"]["py_callstack"].startswith("k2train: rank 1 failed: no")
     assert ranks.status == 1
     assert ranks.fail(0, LOST) == ""
+    assert "stopped, as rank 1 failed" in ranks.told["message"]
     assert int(ranks.told["extraInfo"]["timestamp"]) > int(first["extraInfo"]["timestamp"])
     assert ranks.fail(2, ValueError("no")) == ""
 
 
 def test_a_failure_is_read_even_if_others_noticed_before(ranks):
-    assert "lost another process" in ranks.fail(0, LOST)
+    assert "stopped, as another process ended without a word" in ranks.fail(0, LOST)
     assert ranks.fail(2, LOST) == ""
     assert "rank 1 failed: RuntimeError: out of memory" in ranks.fail(1, RuntimeError("out of memory"), module="torch")
 
@@ -210,8 +211,10 @@ def test_a_new_start_forgets_old_failures(ranks):
 
 
 def test_one_process_says_what_is_wrong_and_nothing_of_ranks(ranks):
-    assert ranks.fail(0, ValueError("steps=0 must be positive"), world_size=1).startswith("steps=0 must be positive\n")
-    assert ranks.fail(0, KeyError("x"), world_size=1).startswith("the run failed: KeyError: 'x'\n")
+    assert ranks.fail(0, ValueError("steps=0 must be positive"), world_size=1).startswith(
+        "k2train: error: steps=0 must be positive\n"
+    )
+    assert ranks.fail(0, KeyError("x"), world_size=1).startswith("k2train: the run failed: KeyError: 'x'\n")
 
 
 def test_ctrl_c_is_no_failure(ranks):
