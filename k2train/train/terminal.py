@@ -55,7 +55,7 @@ class Terminal:
         self._name, self._steps, self._log_every = name, steps, log_every
         self._enabled, self._clock = enabled, clock
         self._console = Console(file=stream, highlight=False, soft_wrap=False)
-        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._is_live = stream.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
         self._drawn_at = -math.inf
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=RECENT + 1)  # clock, step, tokens

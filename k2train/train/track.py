@@ -47,7 +47,7 @@ class Tracker:
             resumed: whether the run goes on from a checkpoint: then under the id that it had.
             say: tells the person.
         """
-        self._say = say
+        self._say, self._log_every = say, config.log_every
         self._run: Any = None
         mode = choose_mode(config.wandb)
         if mode == "off":
@@ -81,8 +81,9 @@ class Tracker:
         return run
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Logs the metrics of a step."""
-        self._log(record, group="train")
+        """Logs the metrics of every ``log_every``-th step."""
+        if record["step"] % self._log_every == 0:
+            self._log(record, group="train")
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Logs the loss on held-out text."""

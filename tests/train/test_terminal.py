@@ -87,6 +87,13 @@ def test_numbers_that_are_none_do_not_end_the_run():
     assert "grad norm - | max logit -" in stream.getvalue()
 
 
+def test_forced_colour_does_not_make_a_terminal_of_a_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with open(tmp_path / "out", "w") as stream, Terminal(name="n", steps=2, log_every=1, stream=stream) as terminal:
+        terminal.step(record(1))
+    assert (tmp_path / "out").read_text().startswith("step 1/2 |")
+
+
 def test_other_ranks_say_nothing():
     terminal, stream, _ = plain(enabled=False)
     with terminal:
@@ -101,13 +108,17 @@ def test_other_ranks_say_nothing():
 LIVE = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/train"]
+from pathlib import Path
+from k2train.train.quiet import quiet
 from k2train.train.terminal import Terminal
 from test_terminal import Clock, record, validation
 clock, end = Clock(), sys.argv[2]
-with Terminal(name="quickstart", steps=1200, log_every=10, stream=sys.stdout, clock=clock) as terminal:
+stream = quiet(Path(sys.argv[3]), rank=0, world_size=1).out
+with Terminal(name="quickstart", steps=1200, log_every=10, stream=stream, clock=clock) as terminal:
     for step in range(1, 41):
         clock.now += 0.05
         terminal.step(record(step))
+        print("noise")
         if step == 20:
             terminal.say("a sentence")
             terminal.validation(validation(step))
@@ -118,11 +129,17 @@ with Terminal(name="quickstart", steps=1200, log_every=10, stream=sys.stdout, cl
 """
 
 
-def on_a_terminal(end, *, columns=80, term="xterm"):
+@pytest.fixture
+def on_a_terminal(tmp_path):
+    """Runs the script on a terminal of its own, with its output kept to the log as in a real run."""
+    return lambda end, **options: run_on_a_terminal(end, tmp_path / "rank-0.log", **options)
+
+
+def run_on_a_terminal(end, log, *, columns=80, term="xterm"):
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-c", LIVE, str(ROOT), end],
+        [sys.executable, "-c", LIVE, str(ROOT), end, str(log)],
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=subprocess.PIPE,
@@ -147,7 +164,7 @@ def text_of(screen):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen).replace("\r", "")
 
 
-def test_the_panel_shows_everything_within_eighty_columns():
+def test_the_panel_shows_everything_within_eighty_columns(on_a_terminal):
     screen = on_a_terminal("end")
     panel = text_of(screen).rpartition("╭")[2]
     assert max(map(len, f"╭{panel}".splitlines())) <= 80
@@ -167,20 +184,22 @@ def test_the_panel_shows_everything_within_eighty_columns():
         assert text in panel
     assert "a sentence\n" in text_of(screen)
     assert "step 20: held out 1.6000 bits/byte (loss 3.3000)\n" in text_of(screen)
+    assert "noise" not in screen
     assert text_of(screen).count("╭") < 20  # 40 steps within 2 s, five drawings a second
 
 
 @pytest.mark.parametrize("end", ["end", "interrupt", "kill"])
-def test_the_cursor_is_visible_however_it_ends(end):
+def test_the_cursor_is_visible_however_it_ends(on_a_terminal, end):
     screen = on_a_terminal(end)
     assert screen.rfind("\x1b[?25h") > screen.rfind("\x1b[?25l") >= 0
 
 
-def test_a_narrow_terminal_is_no_error():
-    assert max(map(len, text_of(on_a_terminal("end", columns=30)).splitlines())) <= 60
+def test_a_narrow_terminal_is_no_error(on_a_terminal):
+    panel = text_of(on_a_terminal("end", columns=30)).rpartition("╭")[2]
+    assert max(map(len, f"╭{panel}".splitlines())) == 30
 
 
-def test_a_dumb_terminal_gets_plain_lines():
+def test_a_dumb_terminal_gets_plain_lines(on_a_terminal):
     screen = on_a_terminal("end", term="dumb")
     assert "\x1b" not in screen
     assert "step    40/1,200 |" in screen

@@ -38,9 +38,9 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def tracker(folder, mode, *, resumed=False):
+def tracker(folder, mode, *, resumed=False, log_every=1):
     said = []
-    config = TrackConfig(wandb=mode, project="p", log_every=1)
+    config = TrackConfig(wandb=mode, project="p", log_every=log_every)
     made = Tracker(config, {"lr": 1}, folder=folder, name="my run", resumed=resumed, say=said.append)
     return made, said
 
@@ -163,6 +163,14 @@ def test_online(folder, fake, monkeypatch):
     ]
     made.finish(failed=True)
     assert wandb.finished == 1
+
+
+def test_steps_between_are_not_logged(folder, fake):
+    wandb = fake()
+    made, _ = tracker(folder, "offline", log_every=10)
+    for step in range(1, 31):
+        made.step(RECORD | {"step": step})
+    assert [values["step"] for values in wandb.logged] == [10, 20, 30]
 
 
 def test_online_without_a_login_does_not_ask_for_one(folder, fake):
