@@ -36,12 +36,8 @@ class Attention(Float32Buffers):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, H = config.hidden_size, config.num_attention_heads
-        self.heads, self.nope, self.rope, self.value = (
-            H,
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.v_head_dim,
-        )
+        self.heads, self.nope, self.rope = H, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value = config.v_head_dim
         self.kv_latent = config.kv_lora_rank
         self.scale = softmax_scale(self.nope + self.rope, config.rope_scaling)
         q_width = H * (self.nope + self.rope)
@@ -96,10 +92,9 @@ class Attention(Float32Buffers):
         Returns:
             (weight, [rows]) for the query weight and the key-value weight.
         """
-        root = gamma_H.sqrt()[:, None]
-        q_weight = (self.q_b_proj if self.q_compressed else self.q_proj).weight
-        yield q_weight, torch.cat((root.expand(-1, self.nope), gamma_H[:, None].expand(-1, self.rope)), 1).flatten()
-        yield (
-            self.kv_b_proj.weight,
-            torch.cat((root.expand(-1, self.nope), torch.ones_like(root).expand(-1, self.value)), 1).flatten(),
-        )
+        nope_scale = gamma_H.sqrt()[:, None].expand(-1, self.nope)
+        rope_scale = gamma_H[:, None].expand(-1, self.rope)
+        value_scale = torch.ones_like(gamma_H)[:, None].expand(-1, self.value)
+        query = self.q_b_proj if self.q_compressed else self.q_proj
+        yield query.weight, torch.cat((nope_scale, rope_scale), 1).flatten()
+        yield self.kv_b_proj.weight, torch.cat((nope_scale, value_scale), 1).flatten()
