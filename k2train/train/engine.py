@@ -23,12 +23,24 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
 
-def build_optimizer(config: OptimConfig, model: Transformer, *, expert_group: str, device: torch.device) -> MuonClip:
+def build_clip(config: OptimConfig, model: Transformer) -> QKClip:
+    """QK-Clip over all attention layers; without a clip in the config it measures the logits all the same."""
+    return QKClip(
+        model.attention_layers(),
+        tau=config.tau if config.tau is not None else float("inf"),
+        observe_only=config.name != "muonclip",
+    )
+
+
+def build_optimizer(
+    config: OptimConfig, model: Transformer, clip: QKClip, *, expert_group: str, device: torch.device
+) -> MuonClip:
     """The optimizer over all parameters, a group a role.
 
     Args:
         config: which algorithm, learning rates and decay by role.
         model: its parameters and roles.
+        clip: of ``build_clip``.
         expert_group: DeepSpeed's name of the expert groups, which it wants on the group of expert parameters.
         device: decides the precision of Newton-Schulz if the config leaves it open.
     """
@@ -41,11 +53,6 @@ def build_optimizer(config: OptimConfig, model: Transformer, *, expert_group: st
         if role == "expert":
             group |= {"moe": True, "name": expert_group}
     bf16 = config.newton_schulz_dtype == "bf16" or (config.newton_schulz_dtype == "auto" and device.type == "cuda")
-    clip = QKClip(
-        model.attention_layers(),
-        tau=config.tau if config.tau is not None else float("inf"),
-        observe_only=config.name != "muonclip",
-    )
     return MuonClip(
         groups,
         lr=config.lr,

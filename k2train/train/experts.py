@@ -14,7 +14,7 @@ from k2train.comm import World
 from k2train.model import ExpertParallel, MoE, Transformer
 
 
-class DeepSpeedMoE(MoE, AutoEPMoELayer):
+class DeepSpeedMoE(MoE, AutoEPMoELayer):  # type: ignore[misc]  # DeepSpeed has no types
     """A mixture-of-experts layer in DeepSpeed's eyes; ``MoE`` in all else, as it comes first."""
 
 
@@ -39,23 +39,30 @@ def mark_experts(model: Transformer, expert_parallel: ExpertParallel) -> None:
     name = group_name(expert_parallel.size)
     for _, moe in model.moe_layers():
         local = moe.experts.w1.shape[0]
-        attributes = {
-            "num_experts": local * expert_parallel.size,
-            "num_local_experts": local,
-            "ep_size": expert_parallel.size,
-            "ep_rank": expert_parallel.rank,
-            "ep_group_name": name,
-            "ep_group": None,
-            "tp_group": None,
-            "folding_group_handles": None,
-            "expert_placement_descriptor": None,
-            "combine_impl": None,
-            "comm_backend": "comm",
-        }
-        for key, value in attributes.items():
-            setattr(moe, key, value)
+        _set(
+            moe,
+            num_experts=local * expert_parallel.size,
+            num_local_experts=local,
+            ep_size=expert_parallel.size,
+            ep_rank=expert_parallel.rank,
+            ep_group_name=name,
+            ep_group=None,
+            tp_group=None,
+            folding_group_handles=None,
+            expert_placement_descriptor=None,
+            combine_impl=None,
+            comm_backend="comm",
+        )
         for parameter in moe.experts.parameters():
-            parameter.allreduce = False
-            parameter.group_name = name
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = name
+            _set(
+                parameter,
+                allreduce=False,
+                group_name=name,
+                ds_zero_placement_family="autoep_expert",
+                ds_zero_partition_group_name=name,
+            )
+
+
+def _set(target: object, **attributes: object) -> None:
+    for key, value in attributes.items():
+        setattr(target, key, value)

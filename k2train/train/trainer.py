@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,21 +22,19 @@ from k2train.comm import World, sum_across
 from k2train.config import RunConfig, to_dict
 from k2train.data import Tokenizer, TrainStream, open_dataset
 from k2train.model import build_model, update_bias
-from k2train.paths import RunPaths
+from k2train.paths import RunPaths, atomic_write
 from k2train.train import state, zero
-from k2train.train.engine import PRECISIONS, build_engine, build_optimizer, choose_precision
+from k2train.train.engine import PRECISIONS, build_clip, build_engine, build_optimizer, choose_precision
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.metrics import MetricsFile
 from k2train.train.schedule import lr_factor
-from k2train.train.validate import HeldOutLoss, held_out_loss
+from k2train.train.validate import HeldOutLoss, Window, held_out_loss
+from k2train.units import count
 
 
 class Listener(Protocol):
     """Who is told how the run goes: the terminal, and trackers."""
-
-    def say(self, text: str) -> None:
-        """A sentence for the person."""
 
     def step(self, record: dict[str, Any]) -> None:
         """The metrics of a step."""
@@ -47,14 +46,24 @@ class Listener(Protocol):
 class Trainer:
     """A run of ``config`` on the data set of ``manifest``; every rank makes one and calls the same methods."""
 
-    def __init__(self, config: RunConfig, manifest: Path, *, world: World, paths: RunPaths, listener: Listener) -> None:
+    def __init__(
+        self, config: RunConfig, manifest: Path, *, world: World, paths: RunPaths, say: Callable[[str], None]
+    ) -> None:
         """Builds model, optimizer, engine and data, and resumes from the newest whole checkpoint if there is one.
+
+        Args:
+            config: of the run.
+            manifest: of the prepared data set.
+            world: the processes of the run.
+            paths: its folder.
+            say: tells the person a sentence.
 
         Raises:
             RunError: the checkpoints of the run belong to another data set, or the vocabulary does not fit.
             CheckpointError: they belong to another model.
         """
-        self.config, self.world, self.paths, self.listener = config, world, paths, listener
+        self.config, self.world, self.paths, self.say = config, world, paths, say
+        self.listeners: Sequence[Listener] = ()
         self.threads = _set_threads(config.train.threads, world)
         self.precision = choose_precision(config.train.precision, world.device)
         self.dataset = open_dataset(manifest)
@@ -71,24 +80,30 @@ class Trainer:
             moe_class=DeepSpeedMoE,
         )
         mark_experts(self.model, parallel)
+        self.clip = build_clip(config.optim, self.model)
         self.optimizer = build_optimizer(
-            config.optim, self.model, expert_group=group_name(parallel.size), device=world.device
+            config.optim, self.model, self.clip, expert_group=group_name(parallel.size), device=world.device
         )
         self.engine = build_engine(config, self.model, self.optimizer, world=world, precision=self.precision)
         self.shards = zero.shards(self.engine.optimizer, {p: n for n, p in self.model.named_parameters()})
         self.optimizer.shard({shard.flat: shard.layout for shard in self.shards})
         zero.check_weights(self.shards)
 
+        if world.main:  # with the run, so that its checkpoints can be used where the data set is not
+            definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
+            atomic_write(paths.tokenizer, definition.read_bytes())
         self.roles = self.model.parameter_roles()
         self.experts = state.Experts(parallel.rank, parallel.size)
         self.stream = TrainStream(self.dataset, sequence_length=config.train.sequence_length, seed=config.seed)
         self.progress = state.Progress()
+        self._introduce()
         self._resume()
 
     # ---- the loop
 
-    def train(self) -> HeldOutLoss:
+    def train(self, listeners: Sequence[Listener] = ()) -> HeldOutLoss:
         """Runs all steps that are left and returns the loss on the whole held-out split."""
+        self.listeners = listeners
         metrics = MetricsFile(self.paths.metrics, resume_at=self.progress.step) if self.world.main else None
         every = self.config.checkpoint.every
         while self.progress.step < self.config.steps:
@@ -97,7 +112,8 @@ class Trainer:
             last = step == self.config.steps
             if metrics and (step % self.config.track.log_every == 0 or last):
                 metrics.write(record)
-            self.listener.step(record)
+            for listener in self.listeners:
+                listener.step(record)
             if self.config.validate.every and step % self.config.validate.every == 0 and not last:
                 self._validate(metrics, whole=False)
             if last or (every and step % every == 0):
@@ -109,12 +125,12 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics."""
-        config, clip = self.config, self.optimizer.qk_clip
+        config, clip = self.config, self.clip
         begin = time.perf_counter()
         factor = lr_factor(self.progress.step, steps=config.steps, schedule=config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        loss, balance = self._accumulate_gradients()
+        loss_sum, balance_sum = self._accumulate_gradients()
         clip.gather()
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
@@ -124,7 +140,7 @@ class Trainer:
         clip.reset()
 
         micro_batches = self._micro_batches() * self.world.size
-        loss, balance = (v / micro_batches for v in sum_across([loss, balance], device=self.world.device))
+        loss, balance = (v / micro_batches for v in sum_across([loss_sum, balance_sum], device=self.world.device))
         self.progress.step += 1
         seconds = time.perf_counter() - begin
         self.progress.elapsed += seconds
@@ -132,7 +148,7 @@ class Trainer:
         self.progress.clipped_steps += clipped > 0
         if not applied:
             self.progress.skipped_steps += 1
-            self.listener.say(f"step {self.progress.step}: the gradient is not finite, so nothing was updated")
+            self.say(f"step {self.progress.step}: the gradient is not finite, so nothing was updated")
         tokens = config.train.global_batch_size * config.train.sequence_length
         return {
             "step": self.progress.step,
@@ -189,10 +205,10 @@ class Trainer:
 
     def _validate(self, metrics: MetricsFile | None, *, whole: bool) -> HeldOutLoss:
         config = self.config
-        windows = self.dataset.windows("held_out", sequence_length=config.train.sequence_length)
+        windows: Sequence[Window] = self.dataset.windows("held_out", sequence_length=config.train.sequence_length)
         if not whole:  # evenly spread, so that a few windows still see all of the text
-            count = min(len(windows), -(-config.validate.tokens // config.train.sequence_length))
-            windows = [windows[i * len(windows) // count] for i in range(count)]
+            number = min(len(windows), -(-config.validate.tokens // config.train.sequence_length))
+            windows = [windows[i * len(windows) // number] for i in range(number)]
         found = held_out_loss(
             self.model,
             windows,
@@ -209,7 +225,8 @@ class Trainer:
         }
         if metrics:
             metrics.write(record)
-        self.listener.validation(record)
+        for listener in self.listeners:
+            listener.validation(record)
         return found
 
     # ---- checkpoints
@@ -239,7 +256,7 @@ class Trainer:
         return folder
 
     def _resume(self) -> None:
-        say = self.listener.say
+        say = self.say
         checkpoint = newest_checkpoint(self.paths.checkpoints, world=self.world, say=say)
         if checkpoint is None:
             return
@@ -262,6 +279,33 @@ class Trainer:
                 say(f"{key} was {before} and is now {now}: expect losses that agree to rounding, not to the last bit")
 
     # ---- small facts
+
+    def parameters(self) -> tuple[int, int]:
+        """How many there are in all, and how many are used for one token."""
+        total = active = 0
+        model = self.config.model
+        for name, shape in state.shapes(self.model, self.roles, self.experts).items():
+            if name in self.roles:  # not a router bias, which is a buffer
+                total += math.prod(shape)
+                share = model.num_experts_per_tok / model.n_routed_experts if self.roles[name] == "expert" else 1
+                active += round(math.prod(shape) * share)
+        return total, active
+
+    def peak_device_memory(self) -> int:
+        """Bytes of GPU memory used at most; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else 0
+
+    def _introduce(self) -> None:
+        total, active = self.parameters()
+        world, parallel = self.world, self.config.parallel
+        processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+        threads = f" of {self.threads} threads" if world.device.type == "cpu" else ""
+        self.say(
+            f"{self.config.name}: {count(total)} parameters, {count(active)} active a token; "
+            f"{processes}{threads} on {world.device.type} in {self.precision}; "
+            f"ZeRO-{parallel.zero_stage}, expert parallelism {parallel.expert_parallel}; "
+            f"{count(self.dataset.tokens('train'))} training tokens"
+        )
 
     def _micro_batches(self) -> int:
         """That this rank computes for one step."""

@@ -11,6 +11,8 @@ import torch
 from k2train.comm import World, sum_across
 from k2train.model import Transformer
 
+Window = tuple[torch.Tensor, torch.Tensor]  # tokens and labels, (T,) each
+
 
 @dataclass(frozen=True)
 class HeldOutLoss:
@@ -33,7 +35,7 @@ class HeldOutLoss:
 
 def held_out_loss(
     model: Transformer,
-    windows: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    windows: Sequence[Window],
     *,
     bytes_of_token: torch.Tensor,
     batch_size: int,
@@ -68,7 +70,7 @@ def held_out_loss(
     return HeldOutLoss(total_nats, int(total_tokens), int(total_bytes))
 
 
-def _window(windows: Sequence[tuple[torch.Tensor, torch.Tensor]], number: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _window(windows: Sequence[Window], number: int) -> Window:
     """A window, or past the last one a blank, as every rank must run the same number of batches."""
     if number < len(windows):
         return windows[number]

@@ -7,7 +7,7 @@ import time
 # QK-Clip and gradient clipping both act with these, and the learning rate is high: what differs would show.
 LIVELY = (
     "optim.lr=0.01",
-    "optim.tau=0.5",
+    "optim.tau=0.1",
     "optim.clip_grad_norm=0.5",
     "schedule.steps=20",
     "schedule.warmup_steps=2",
