@@ -47,10 +47,10 @@ clean:
 # pip's settings (index, cache, proxy) are those of its own configuration and of PIP_... in the environment.
 .venv/installed-train: pyproject.toml | .venv/bin/python
 	@echo "installing k2train and what it trains with into .venv (once; some minutes)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[train]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed-train
 	@echo "installing what tests and lint need into .venv (once)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@

@@ -61,7 +61,7 @@ def _run(command: Command, arguments: Arguments) -> int:
     from k2train.cli.compose import as_yaml, compose
 
     mapping = compose(command, arguments.overrides, arguments.config_dirs)
-    if arguments.show_config:
+    if arguments.show_config and _speaks():
         print(as_yaml(mapping), end="")
     config: object = parse(command.schema, mapping)
     if arguments.show_config:
@@ -76,8 +76,13 @@ def _installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("hydra", "deepspeed"))
 
 
+def _speaks() -> bool:
+    """Whether this is the process that talks to the person, among those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _refuse(faults: Sequence[str], status: int) -> int:
     """Tells the person, once however many processes there are, and returns ``status``."""
-    if os.environ.get("RANK", "0") == "0":
+    if _speaks():
         print("\n".join(f"k2train: error: {fault}" for fault in faults), file=sys.stderr)
     return status

@@ -125,7 +125,7 @@ def _no_value(command: Command, word: str) -> str:
 
 
 def _suggest(command: Command, key: str) -> str:
-    if close := difflib.get_close_matches(key, command.groups, n=1, cutoff=0.7):
+    if "." not in key and (close := difflib.get_close_matches(key, command.groups, n=1, cutoff=0.7)):
         return f"did you mean {close[0]}?"
     return suggest_key(command.schema, key)
 

@@ -1,0 +1,126 @@
+import copy
+from dataclasses import dataclass
+
+import pytest
+
+from k2train.cli.commands import TRAIN
+from k2train.cli.compose import compose
+from k2train.config import ConfigError, RunConfig, parse, to_dict
+from k2train.config.schema import rule
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict:
+    return compose(TRAIN, ["experiment=tiny"])
+
+
+def faults(mapping, **changes) -> tuple[str, ...]:
+    mapping = copy.deepcopy(mapping)
+    for key, value in changes.items():
+        *groups, name = key.split("__")
+        place = mapping
+        for group in groups:
+            place = place[group]
+        place[name] = value
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, mapping)
+    return caught.value.faults
+
+
+def test_there_and_back(tiny):
+    config = parse(RunConfig, tiny)
+    assert parse(RunConfig, to_dict(config)) == config
+    assert to_dict(config) == tiny | {"data": tiny["data"]}
+
+
+def test_all_faults_are_told_at_once(tiny):
+    mapping = copy.deepcopy(tiny)
+    del mapping["seed"]
+    assert faults(mapping, optim__lrr=1.0, model__hidden_size="big") == (
+        "missing key seed",
+        "model.hidden_size='big' must be a whole number",
+        "unknown key optim.lrr: did you mean 'lr'?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("seed", -1, "seed=-1 must be at least 0"),
+        ("seed", True, "seed=True must be a whole number"),
+        ("seed", 1.0, "seed=1.0 must be a whole number"),
+        ("seed", None, "seed=None must be a whole number"),
+        ("name", 3, "name=3 must be text"),
+        ("optim__lr", float("nan"), "optim.lr=nan must be finite"),
+        ("optim__momentum", 1.0, "optim.momentum=1.0 must be below 1"),
+        ("optim__eps", 0, "optim.eps=0.0 must be above 0"),
+        ("optim__betas", [0.9], "optim.betas=[0.9] must be a list of 2, as in optim.betas=[a,b]"),
+        ("optim__betas", [0.9, 2], "optim.betas[1]=2.0 must be below 1"),
+        ("optim__nesterov", "yes", "optim.nesterov='yes' must be true or false"),
+        ("optim__name", "muonclap", "did you mean 'muonclip'?"),
+        ("parallel__zero_stage", 3, "parallel.zero_stage=3 must be at most 2"),
+        ("model__qk_rope_head_dim", 7, "model.qk_rope_head_dim=7 must be even"),
+        ("model__rope_scaling", {"factor": 2}, "missing key model.rope_scaling.beta_fast"),
+        ("model", 3, "model must be a group of keys, not 3"),
+        ("data__include", "*.py", "data.include='*.py' must be a list"),
+    ],
+)
+def test_a_bad_value_names_key_rule_and_value(tiny, key, value, sentence):
+    assert any(sentence in fault for fault in faults(tiny, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("name", "a/b", "name='a/b' must be a plain folder name"),
+        ("model__num_experts_per_tok", 9, "model.num_experts_per_tok=9 is more than n_routed_experts=8"),
+        ("model__n_group", 3, "model.n_routed_experts=8 must be a multiple of n_group=3"),
+        ("data__source", "folder", "data.path is missing"),
+        ("data__path", "/x", "data.path='/x' is given but source=stdlib does not read it"),
+        ("optim__tau", None, "optim.tau is null but name=muonclip clips at it"),
+        ("schedule__tokens", 5, "give exactly one as the run's length"),
+        ("schedule__warmup_steps", 21, "schedule.warmup_steps=21 is longer than the run of 20 steps"),
+        ("train__micro_batch_size", 3, "train.global_batch_size=8 must be a multiple of train.micro_batch_size=3"),
+        ("parallel__expert_parallel", 3, "parallel.expert_parallel=3 must divide model.n_routed_experts=8"),
+        ("train__sequence_length", 8192, "is longer than model.max_position_embeddings=4096"),
+    ],
+)
+def test_keys_that_contradict_each_other(tiny, key, value, sentence):
+    assert any(sentence in fault for fault in faults(tiny, **{key: value}))
+
+
+def test_roles_are_complete_and_no_more(tiny):
+    mapping = copy.deepcopy(tiny)
+    mapping["optim"]["roles"]["haed"] = mapping["optim"]["roles"].pop("head")
+    found = faults(mapping)
+    assert [fault.split(":")[0] for fault in found] == [
+        "optim.roles.haed is no role of a parameter",
+        "optim.roles.head is missing",
+    ]
+
+
+def test_numbers_that_yaml_reads_as_text_or_whole():
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        rate: float = rule()
+
+    assert parse(Config, {"rate": "1e-3"}).rate == 0.001
+    assert isinstance(parse(Config, {"rate": 1}).rate, float)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(1, True), (2, True), (3, False), (4, False)])
+def test_world_that_does_not_divide_the_batch(tiny, size, fits):
+    config = parse(RunConfig, tiny)  # 8 sequences a step, 4 at once
+    found = list(config.check_world(size))
+    assert fits == (not found)
+    assert fits or f"train.global_batch_size=8 does not divide over {size} processes" in found[0]
+
+
+def test_world_that_does_not_divide_the_experts(tiny):
+    config = parse(RunConfig, tiny | {"parallel": {"zero_stage": 1, "expert_parallel": 2}})
+    assert "parallel.expert_parallel=2 does not divide the 1 process of this run" in next(iter(config.check_world(1)))
+
+
+def test_tokens_are_rounded_up_to_steps(tiny):
+    schedule = tiny["schedule"] | {"steps": None, "tokens": 8 * 64 * 9 + 1}
+    assert parse(RunConfig, tiny | {"schedule": schedule}).steps == 10
