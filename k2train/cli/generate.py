@@ -21,7 +21,7 @@ def run(config: WriteConfig) -> int:
     """Prints the text; returns the exit status."""
     try:
         print(write(config))
-    except (CheckpointError, ValueError) as error:
+    except ValueError as error:  # CheckpointError among them
         print(f"k2train: error: {error}", file=sys.stderr)
         return 1
     finally:
