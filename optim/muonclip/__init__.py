@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from muonclip.groups import split_parameters
-    from muonclip.newton_schulz import newton_schulz
     from muonclip.optimizer import MuonClip
+    from muonclip.orthogonalize import newton_schulz
     from muonclip.qk_clip import ClippableAttention, QKClip
     from muonclip.sharded import FlatLayout, Piece
 
 __all__ = ["ClippableAttention", "FlatLayout", "MuonClip", "Piece", "QKClip", "newton_schulz", "split_parameters"]
 
+# No module is named as what it exports: importing it would put the module in the place of the function.
 _HOMES = {
     "ClippableAttention": "qk_clip",
     "FlatLayout": "sharded",
     "MuonClip": "optimizer",
     "Piece": "sharded",
     "QKClip": "qk_clip",
-    "newton_schulz": "newton_schulz",
+    "newton_schulz": "orthogonalize",
     "split_parameters": "groups",
 }
 

@@ -35,5 +35,8 @@ def split_parameters(named: Iterable[tuple[str, Tensor]], roles: Mapping[str, st
         seen.add(name)
         groups.setdefault(roles[name], {"params": [], "role": roles[name]})["params"].append((name, parameter))
     if unknown := sorted(roles.keys() - seen):
-        raise ValueError(f"role {roles[unknown[0]]!r} is given to {unknown[0]}, which is no parameter of the model")
+        raise ValueError(
+            f"role {roles[unknown[0]]!r} is given to {unknown[0]}, which is no parameter of the model "
+            "(misspelt, or tied to another?)"
+        )
     return list(groups.values())

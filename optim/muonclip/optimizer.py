@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from muonclip.newton_schulz import newton_schulz
+from muonclip.orthogonalize import orthogonalize_each
 from muonclip.qk_clip import QKClip, scale_rows_
 from muonclip.sharded import Exchange, FlatLayout
-from muonclip.update import adamw_, momentum_directions, muon_scale
+from muonclip.update import adamw_, apply_updates_, momentum_directions, muon_scale
 
 ALGORITHMS = ("muon", "adamw")
 
@@ -21,8 +20,8 @@ ALGORITHMS = ("muon", "adamw")
 class MuonClip(torch.optim.Optimizer):
     """Muon on matrices, AdamW on the rest, QK-Clip after both; in a plain loop or on the shards of ZeRO.
 
-    State of each tensor, created at once: ``momentum`` (muon), or ``exp_avg``, ``exp_avg_sq`` and ``step`` (adamw); all
-    in fp32, whatever the parameters are in.
+    State of each tensor, created at once: ``momentum`` (muon), or ``exp_avg``, ``exp_avg_sq`` and ``step`` (adamw; the
+    updates it got), in float32 whatever the parameters are in (float64 for float64). It may be written to in place.
     """
 
     def __init__(
@@ -43,7 +42,8 @@ class MuonClip(torch.optim.Optimizer):
 
         Args:
             groups: dicts with ``params``, a list of (name, parameter), and ``algorithm``, "muon" for matrices [m, n]
-                and stacks of them [E, m, n] (an expert each), or "adamw". See ``split_parameters``.
+                and stacks of them [E, m, n] (an expert each), or "adamw". Other keys are kept as they are. See
+                ``split_parameters``.
             lr: learning rate of groups without their own.
             weight_decay: decoupled, times lr.
             momentum: mu of Muon.
@@ -57,8 +57,12 @@ class MuonClip(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter or number that the algorithm cannot take, named.
         """
-        own_groups = [dict(group) for group in groups]
-        _check_groups(own_groups)
+        self.qk_clip = qk_clip
+        self._parameters: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}  # of parameters by id; those given here, also after ``shard``
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._layouts: dict[Tensor, FlatLayout] = {}
+        self._exchanges: dict[Tensor, Exchange] = {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -69,15 +73,28 @@ class MuonClip(torch.optim.Optimizer):
             "betas": tuple(betas),
             "eps": eps,
         }
-        self.qk_clip = qk_clip
-        self._parameters = {name: p for group in own_groups for name, p in group["params"]}
-        self._layouts: dict[int, FlatLayout] = {}
-        self._exchanges: dict[int, Exchange] = {}
-        super().__init__(own_groups, defaults)
-        for group in self.param_groups:
-            _check_numbers(group)
-            for parameter in group["params"]:
-                self._create_state(parameter, group)
+        super().__init__([dict(group) for group in groups], defaults)
+        if qk_clip is not None:
+            qk_clip.check_weights(self._names)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds one group, in the form the constructor takes, and creates its state.
+
+        Raises:
+            ValueError: see the constructor.
+        """
+        entries = param_group["params"] = list(param_group["params"])
+        _check_group({**self.defaults, **param_group})
+        for name, parameter in entries:
+            if id(parameter) in self._names:
+                raise ValueError(f"{self._names[id(parameter)]} and {name} are one tensor (tied, or given twice)")
+            if name in self._parameters:
+                raise ValueError(f"two parameters are named {name}: names must be unique")
+            self._parameters[name], self._names[id(parameter)] = parameter, name
+            self._shapes[name] = tuple(parameter.shape)
+        super().add_param_group(param_group)
+        for _, parameter in entries:
+            self._create_state(parameter, param_group)
 
     def shard(self, layouts: Mapping[Tensor, FlatLayout]) -> None:
         """Goes over to flat shards: each group's ``params`` is now one 1-D tensor that holds intervals of parameters.
@@ -89,20 +106,30 @@ class MuonClip(torch.optim.Optimizer):
             layouts: of the flat tensor of each group.
 
         Raises:
-            ValueError: a group has no layout, or more than one tensor.
+            ValueError: a group has no layout or more than one tensor, or the layouts leave out a trained parameter or
+                disagree with what the constructor was given.
         """
         self.state.clear()
+        self._layouts, self._exchanges = {}, {}
         for group in self.param_groups:
             if len(group["params"]) != 1 or (flat := group["params"][0]) not in layouts:
                 raise ValueError("every group must hold one flat tensor that has a layout")
             layout = layouts[flat]
+            for piece in (piece for pieces in layout.pieces_by_rank for piece in pieces):
+                if self._shapes.get(piece.name) != piece.shape:
+                    known = self._shapes.get(piece.name, "no parameter of this optimizer")
+                    raise ValueError(f"the layout gives {piece.name} the shape {piece.shape}, but it is {known}")
             for piece in layout.pieces_by_rank[layout.rank]:
-                if piece.name not in self._parameters:
-                    raise ValueError(f"the layout names {piece.name!r}, which is no parameter of this optimizer")
-            self._layouts[id(flat)] = layout
+                if piece.offset + piece.stop - piece.start > flat.numel():
+                    raise ValueError(f"the layout puts {piece} past the end of a shard of {flat.numel()} elements")
+            self._layouts[flat] = layout
             if group["algorithm"] == "muon":
-                self._exchanges[id(flat)] = Exchange(layout)
+                self._exchanges[flat] = Exchange(layout)
             self._create_state(flat, group)
+        held = {piece.name for x in self._layouts.values() for pieces in x.pieces_by_rank for piece in pieces}
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad and parameter.numel() and name not in held:
+                raise ValueError(f"{name} is in no layout: it would never be trained")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -110,90 +137,120 @@ class MuonClip(torch.optim.Optimizer):
 
         The clip uses the largest logits since its last ``reset``. Unless the caller has gathered them already (and
         will reset them), they are gathered and reset here. Gradients must be finite: that is the caller's to see to.
+
+        Raises:
+            ValueError: a closure was given, a gradient is sparse, or groups were replaced without ``shard``.
         """
         if closure is not None:
-            raise ValueError("a closure cannot be evaluated again: call backward() first, then step()")
+            raise ValueError("MuonClip takes no closure: call backward() first, then step()")
         clip = self.qk_clip
         gather_here = clip is not None and not clip.gathered
         if clip is not None and gather_here:
+            if sum(len(group["params"]) for group in self.param_groups) < len(self._layouts):
+                raise ValueError("step() for some of the groups: call qk_clip.gather() before the first of them")
             clip.gather()
         for group in self.param_groups:
-            if group["params"] and id(group["params"][0]) in self._layouts:
-                self._step_shard(group)
+            if self._layouts:
+                for flat in group["params"]:
+                    self._step_shard(flat, group)
             else:
                 self._step_whole(group)
         if clip is not None and gather_here:
             clip.reset()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any torch optimizer, but the state keeps its precision: torch casts it to that of the parameters.
+
+        Raises:
+            ValueError: state is missing or of another shape.
+        """
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        own = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        for number, (parameter, group) in zip(saved, own, strict=True):
+            self._create_state(parameter, group)
+            found = state_dict["state"].get(number, {})
+            for key, values in self.state[parameter].items():
+                if key not in found or found[key].shape != values.shape:
+                    raise ValueError(
+                        f"the state dict has no {key} of shape {list(values.shape)} for parameter {number}"
+                    )
+                values.copy_(found[key])
+
     def _step_whole(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        grads = [_gradient(p) for p in params]
-        states = [self.state[p] for p in params]
-        if group["algorithm"] == "muon":
+        grads = [self._gradient(p) for p in params]
+        states = [self._state_of(p) for p in params]
+        if params and group["algorithm"] == "muon":
             directions = momentum_directions(
                 grads, [s["momentum"] for s in states], momentum=group["momentum"], nesterov=group["nesterov"]
             )
-            updates = orthogonal_updates(directions, group)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(
-                params, [u.to(p.dtype) for u, p in zip(updates, params, strict=True)], alpha=-group["lr"]
+            apply_updates_(
+                _matrices(params),
+                muon_updates(_matrices(directions), group),
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
             )
-        else:
+        elif params:
             _adamw(params, grads, states, group)
-        for parameter in params:
+        for parameter in group["params"]:  # also of weights that had no gradient: their logits were too large
             if (scales := self._scales_of(parameter)) is not None:
-                parameter.mul_(scales.to(parameter.dtype)[:, None])
+                parameter.mul_(scales.view(-1, *[1] * (parameter.ndim - 1)))
 
-    def _step_shard(self, group: dict[str, Any]) -> None:
-        (flat,) = group["params"]
-        assert flat.grad is not None, "a shard always has a gradient: all ranks must take part in the exchange"
-        state, layout = self.state[flat], self._layouts[id(flat)]
+    def _step_shard(self, flat: Tensor, group: dict[str, Any]) -> None:
+        state = self._state_of(flat)
+        layout, grad = self._layouts[flat], flat.grad
+        assert grad is not None, "a shard always has a gradient: all ranks must take part in the exchange"
         if group["algorithm"] == "muon":
             (direction,) = momentum_directions(
-                [flat.grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
+                [grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
             )
-            update = self._exchanges[id(flat)].apply(direction, lambda matrices: orthogonal_updates(matrices, group))
-            flat.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            update = self._exchanges[flat].apply(direction, lambda matrices: muon_updates(matrices, group))
+            apply_updates_([flat], [update], lr=group["lr"], weight_decay=group["weight_decay"])
         else:
-            _adamw([flat], [flat.grad], [state], group)
+            _adamw([flat], [grad], [state], group)
         for piece in layout.pieces_by_rank[layout.rank]:
             if (scales := self._scales_of(self._parameters[piece.name])) is not None:
                 interval = flat[piece.offset : piece.offset + piece.stop - piece.start]
-                scale_rows_(interval, scales, start=piece.start, columns=piece.shape[-1])
+                scale_rows_(interval, scales, start=piece.start, columns=math.prod(piece.shape[1:]))
 
     def _scales_of(self, parameter: Tensor) -> Tensor | None:
         return None if self.qk_clip is None else self.qk_clip.scales_of(parameter)
 
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        assert parameter.grad is not None
+        if parameter.grad.layout != torch.strided:
+            name = self._names.get(id(parameter), "a parameter")
+            raise ValueError(f"the gradient of {name} is sparse: build its module with sparse=False")
+        return parameter.grad
+
+    def _state_of(self, tensor: Tensor) -> dict[str, Tensor]:
+        if tensor not in self.state:
+            raise ValueError(
+                f"a tensor of shape {list(tensor.shape)} has no state: after something (ZeRO) has replaced the "
+                "parameters in param_groups, call shard() with the layout of what is there now"
+            )
+        state: dict[str, Tensor] = self.state[tensor]
+        return state
+
     def _create_state(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
         names = ("momentum",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
-        state = {name: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for name in names}
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        state = {n: torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for n in names}
         if group["algorithm"] == "adamw":
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         self.state[tensor] = state
 
 
-def orthogonal_updates(directions: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
-    """Muon's update of each direction [m, n] or [E, m, n]: orthogonalised and scaled, not yet times the learning rate.
+def muon_updates(directions: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+    """Muon's update of each direction [m, n]: orthogonalised and scaled, not yet times the learning rate."""
+    orthogonal = orthogonalize_each(directions, steps=group["newton_schulz_steps"], dtype=group["newton_schulz_dtype"])
+    return [o.to(d.dtype).mul_(muon_scale(d.shape[0], d.shape[1])) for o, d in zip(orthogonal, directions, strict=True)]
 
-    Matrices of one shape go through Newton-Schulz as one batch.
-    """
-    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, direction in enumerate(directions):
-        by_shape[tuple(direction.shape[-2:])].append(number)
-    updates: list[Tensor] = list(directions)
-    for (rows, columns), numbers in by_shape.items():
-        stacks = [directions[n].reshape(-1, rows, columns) for n in numbers]
-        orthogonal = newton_schulz(
-            stacks[0] if len(stacks) == 1 else torch.cat(stacks),
-            steps=group["newton_schulz_steps"],
-            dtype=group["newton_schulz_dtype"],
-        )
-        orthogonal = orthogonal.mul(muon_scale(rows, columns))
-        for n, part in zip(numbers, torch.split(orthogonal, [len(s) for s in stacks]), strict=True):
-            updates[n] = part.reshape(directions[n].shape).to(directions[n].dtype)
-    return updates
+
+def _matrices(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """[m, n] each: a stack [E, m, n] is E matrices; views, so that what is done to them is done to the tensors."""
+    return [matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else (tensor,))]
 
 
 def _adamw(
@@ -210,42 +267,28 @@ def _adamw(
     )
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    if parameter.grad.is_sparse:
-        raise ValueError("a gradient is sparse: build the embedding with sparse=False")
-    return parameter.grad
-
-
-def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    seen: dict[int, str] = {}
-    for group in groups:
-        if group.get("algorithm") not in ALGORITHMS:
-            raise ValueError(f"algorithm={group.get('algorithm')!r} of a group must be one of {', '.join(ALGORITHMS)}")
-        for entry in group["params"]:
-            if not isinstance(entry, tuple):
-                raise ValueError("params must be (name, parameter) pairs, as model.named_parameters() gives them")
-            name, parameter = entry
-            if not parameter.is_floating_point():
-                raise ValueError(f"{name} is {parameter.dtype}: only floating-point parameters can be trained")
-            if id(parameter) in seen:
-                raise ValueError(f"{seen[id(parameter)]} and {name} are one tensor (tied): give it once")
-            seen[id(parameter)] = name
-            if group["algorithm"] == "muon" and parameter.ndim not in (2, 3):
-                raise ValueError(
-                    f"{name} has shape {list(parameter.shape)}: Muon takes matrices [m, n] and stacks of them "
-                    "[E, m, n]; give it to a group with algorithm='adamw'"
-                )
-
-
-def _check_numbers(group: Mapping[str, Any]) -> None:
-    for key, low, high in (
-        ("lr", 0, math.inf),
-        ("weight_decay", 0, math.inf),
-        ("momentum", 0, 1),
-        ("eps", 0, math.inf),
-    ):
-        if not low <= group[key] < high:
-            raise ValueError(f"{key}={group[key]} must be at least {low} and below {high}")
+def _check_group(group: Mapping[str, Any]) -> None:
+    for entry in group["params"]:
+        if not isinstance(entry, tuple) or len(entry) != 2:
+            raise ValueError("params must be (name, parameter) pairs, as model.named_parameters() gives them")
+    if not group["params"]:
+        raise ValueError("a group has no parameters: leave it out")
+    where = f"in the group of {group['params'][0][0]}"
+    algorithm = group.get("algorithm")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm={algorithm!r} {where} must be one of {', '.join(ALGORITHMS)}")
+    for name, parameter in group["params"]:
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is {parameter.dtype}: only real floating-point parameters can be trained")
+        if algorithm == "muon" and (parameter.ndim not in (2, 3) or not parameter.numel()):
+            raise ValueError(
+                f"{name} has shape {list(parameter.shape)}: Muon takes matrices [m, n] and stacks of them "
+                "[E, m, n]; give it to a group with algorithm='adamw'"
+            )
+    numbers = [(key, group[key], math.inf) for key in ("lr", "weight_decay", "eps")]
+    numbers += [(key, beta, 1.0) for key, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True)]
+    for key, value, high in [*numbers, ("momentum", group["momentum"], 1.0)]:
+        if not 0 <= value < high:
+            raise ValueError(f"{key}={value} {where} must be at least 0 and below {high}")
     if group["newton_schulz_steps"] < 1:
-        raise ValueError(f"newton_schulz_steps={group['newton_schulz_steps']} must be at least 1")
+        raise ValueError(f"newton_schulz_steps={group['newton_schulz_steps']} {where} must be at least 1")

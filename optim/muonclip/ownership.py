@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def newton_schulz_cost(rows: int, columns: int, *, steps: int = 5) -> int:
+    """Multiply-adds of Newton-Schulz on one matrix: two products of the long kind and one of the short, a step."""
+    short, long = sorted((rows, columns))
+    return steps * (2 * short * short * long + short**3)
+
+
 def assign_owners(costs: Sequence[float], holders: Sequence[Sequence[int]], *, ranks: int) -> list[int]:
     """One owner for each matrix, among the ranks that hold a part of it.
 

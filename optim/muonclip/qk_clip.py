@@ -1,6 +1,6 @@
 """QK-Clip (Kimi K2, arXiv 2507.20534, section 2.1): attention logits bounded by scaling the weights that make them.
 
-Shapes: L attention layers, H heads of each.
+Shapes: L attention layers, H heads of a layer (the most that any has, where they differ).
 
 After the weight update, each head whose largest logit S of that very step exceeded tau has its query and key weights
 scaled so that the same input would now give tau: by gamma = tau / S in all. How gamma is shared between weights is the
@@ -9,34 +9,45 @@ attention module's knowledge (``row_scales``); which modules there are and when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
-@runtime_checkable
 class ClippableAttention(Protocol):
     """What an attention module offers, so that any architecture can be clipped."""
 
     @property
     def max_logits(self) -> Tensor:
-        """[H] fp32: largest pre-softmax logit of each head since the last reset; -inf if there was none."""
+        """[H] fp32: largest pre-softmax logit of each head in the training forwards since the last reset.
+
+        -inf if there was none. Every micro-batch counts, evaluation does not.
+        """
 
     def reset_max_logits(self) -> None:
         """Starts a new step."""
 
     def row_scales(self, gamma_H: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """(weight, [rows] factors): what each row of a weight is multiplied with so that logits shrink by gamma."""
+        """(parameter, [rows] factors): what each row is multiplied with so that head h's logits shrink by gamma_h.
+
+        The parameters are those the optimizer got, not views of them; rows are the first dimension (a bias has one
+        element a row). A gamma of 1 must give factors of exactly 1. A parameter that is named twice is scaled by both.
+        """
+
+
+PROTOCOL = ("max_logits", "reset_max_logits", "row_scales")
 
 
 def clip_factors(max_logits: Tensor, *, tau: float) -> Tensor:
     """gamma: ``tau / S`` where S > tau, else exactly 1.
 
-    A largest logit that is negative, -inf or NaN leaves the head alone, and so does +inf: the step that made it has
-    no finite gradient and cannot be repaired by scaling.
+    A largest logit that is zero, negative, -inf or NaN leaves the head alone, and so does +inf: the step that made it
+    has no finite gradient and cannot be repaired by scaling.
 
     Args:
         max_logits: S, any shape.
@@ -55,7 +66,6 @@ def scale_rows_(values: Tensor, scales: Tensor, *, start: int, columns: int) -> 
         start: see ``values``.
         columns: of the matrix.
     """
-    scales = scales.to(values.dtype)
     stop = start + len(values)
     first_whole, last_whole = -(-start // columns), stop // columns
     if first_whole > last_whole:  # inside a single row
@@ -83,8 +93,8 @@ class QKClip:
         """Nothing is measured yet.
 
         Args:
-            layers: attention modules with their names; all of them with the same number of heads.
-            tau: threshold on the largest logit; K2 used 100.
+            layers: attention modules with their names.
+            tau: threshold on the largest logit; K2 used 100. Infinite: nothing is ever scaled.
             process_group: ranks that saw other parts of the batch; None: all of torch.distributed, if it runs.
             observe_only: measure max logits but never scale.
 
@@ -94,44 +104,85 @@ class QKClip:
         if not tau > 0:
             raise ValueError(f"tau={tau} must be positive: it is the largest logit that is left alone (K2: 100)")
         for name, layer in layers:
-            if not isinstance(layer, ClippableAttention):
+            # Not isinstance() of the protocol: from Python 3.12 on it does not see a module's buffers.
+            if missing := [member for member in PROTOCOL if not hasattr(layer, member)]:
                 raise ValueError(
-                    f"{name} ({type(layer).__name__}) cannot be clipped: it needs max_logits, reset_max_logits() and "
-                    "row_scales(gamma); see muonclip.qk_clip.ClippableAttention"
+                    f"{name} ({type(layer).__name__}) cannot be clipped: it lacks {', '.join(missing)}; "
+                    "see muonclip.qk_clip.ClippableAttention"
                 )
         self.layers = list(layers)
         self.tau = tau
         self.observe_only = observe_only
+        self.gathered = False  # since the last reset
+        self.max_logits = torch.empty(0, 0)  # [L, H] of the last gather, -inf for heads that a layer does not have
+        self.gamma = torch.empty(0, 0)  # [L, H] by which logits were scaled: exactly 1 where nothing was
         self._process_group = process_group
-        self.gathered = False
-        self.max_logits = torch.empty(len(self.layers), 0)
-        self.gamma = torch.empty(len(self.layers), 0)
         self._scales: dict[int, Tensor] = {}
 
+    @property
+    def scales_weights(self) -> bool:
+        """Whether any step can change a weight."""
+        return not self.observe_only and math.isfinite(self.tau)
+
+    @torch.no_grad()
     def gather(self) -> None:
-        """Takes the maxima of this step over all ranks, in one all-reduce, and computes gamma and row scales."""
+        """Takes the maxima of this step over all ranks, in one all-reduce, and computes gamma and row scales.
+
+        All ranks of the process group must call it. A NaN is reported as +inf.
+        """
         self.gathered = True
         if not self.layers:
             return
-        maxima = torch.stack([layer.max_logits for _, layer in self.layers])
-        if dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
-            # What MAX makes of a NaN is not defined: it travels as +inf.
-            maxima = maxima.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-            dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self._process_group)
-        self.max_logits = maxima
-        self.gamma = torch.ones_like(maxima) if self.observe_only else clip_factors(maxima, tau=self.tau)
+        maxima = [layer.max_logits.float() for _, layer in self.layers]
+        largest = pad_sequence(maxima, batch_first=True, padding_value=-math.inf)
+        # What a MAX over ranks makes of a NaN is not defined.
+        largest = largest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._process_group)
+        self.max_logits = largest
+        self.gamma = clip_factors(largest, tau=self.tau) if self.scales_weights else torch.ones_like(largest)
         self._scales = {}
-        if not self.observe_only:
-            for (_, layer), gamma_H in zip(self.layers, self.gamma, strict=True):
-                for weight, scales in layer.row_scales(gamma_H):
-                    self._scales[id(weight)] = scales
-
-    def scales_of(self, parameter: Tensor) -> Tensor | None:
-        """[rows] factors of a parameter's rows in this step; None for one that is never clipped."""
-        return self._scales.get(id(parameter))
+        if self.scales_weights:
+            heads = [len(maximum) for maximum in maxima]
+            for _, weight, scales in self._row_scales(g[:H] for g, H in zip(self.gamma, heads, strict=True)):
+                earlier = self._scales.get(id(weight))
+                self._scales[id(weight)] = scales if earlier is None else earlier * scales
 
     def reset(self) -> None:
         """Starts a new step; ``max_logits`` and ``gamma`` stay readable until the next ``gather``."""
         self.gathered = False
         for _, layer in self.layers:
             layer.reset_max_logits()
+
+    def scales_of(self, parameter: Tensor) -> Tensor | None:
+        """[rows] factors of a parameter's rows in this step; None for one that is never clipped."""
+        return self._scales.get(id(parameter))
+
+    @torch.no_grad()
+    def check_weights(self, names: dict[int, str]) -> None:
+        """Refuses layers whose weights would not be reached.
+
+        Args:
+            names: of the parameters that an optimizer updates, by id.
+
+        Raises:
+            ValueError: a layer wants to scale what is none of them, or gives the wrong number of factors.
+        """
+        if not self.scales_weights:
+            return
+        for layer, weight, scales in self._row_scales(torch.ones_like(x.max_logits) for _, x in self.layers):
+            if id(weight) not in names:
+                raise ValueError(
+                    f"row_scales of {layer} names a tensor of shape {list(weight.shape)} that the optimizer does not "
+                    "update: give it the parameter itself (not a view), and give that to the optimizer"
+                )
+            if scales.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"row_scales of {layer} gives factors of shape {list(scales.shape)} for {names[id(weight)]} of "
+                    f"shape {list(weight.shape)}: one for each row is needed"
+                )
+
+    def _row_scales(self, gammas: Iterable[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for (name, layer), gamma_H in zip(self.layers, gammas, strict=True):
+            for weight, scales in layer.row_scales(gamma_H):
+                yield name, weight, scales

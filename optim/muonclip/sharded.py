@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.newton_schulz import cost
-from muonclip.ownership import assign_owners
+from muonclip.ownership import assign_owners, newton_schulz_cost
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Exchange:
         self._layout = layout
         self._matrices = _matrices(layout)
         owners = assign_owners(
-            [cost(m.rows, m.columns) for m in self._matrices],
+            [newton_schulz_cost(m.rows, m.columns) for m in self._matrices],
             [sorted({part.rank for part in m.parts}) for m in self._matrices],
             ranks=len(layout.pieces_by_rank),
         )

@@ -48,6 +48,21 @@ def muon_scale(rows: int, columns: int) -> float:
     return UPDATE_RMS * math.sqrt(max(rows, columns))
 
 
+def apply_updates_(params: Sequence[Tensor], updates: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
+    """W <- W - lr * (update + weight_decay * W), in place.
+
+    Args:
+        params: changed.
+        updates: of the same shapes; of another dtype, the sum is computed in the wider one.
+        lr: learning rate.
+        weight_decay: lambda.
+    """
+    if weight_decay:
+        torch._foreach_mul_(list(params), 1 - lr * weight_decay)
+    for parameter, update in zip(params, updates, strict=True):
+        parameter.add_(update, alpha=-lr)
+
+
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -58,21 +73,24 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW (arXiv 1711.05101) in place, by torch's own fused kernel.
+    """AdamW (arXiv 1711.05101) in place, by torch's own fused kernel, in the precision of the state.
 
     Args:
         params: changed.
         grads: of the same shapes.
-        states: ``exp_avg``, ``exp_avg_sq`` and ``step`` (a 0-d float32 tensor) of each; changed.
+        states: ``exp_avg``, ``exp_avg_sq`` (contiguous) and ``step`` (a 0-d float32 tensor) of each; changed.
         lr: learning rate.
         betas: decay of the two averages.
         eps: added to the root of the second.
         weight_decay: decoupled, times lr.
     """
+    # The kernel walks over memory without regard to strides and wants one dtype: all others work on a copy.
+    averages = [state["exp_avg"] for state in states]
+    work = [p.to(m.dtype).contiguous() for p, m in zip(params, averages, strict=True)]
     adamw(
-        list(params),
-        [grad.to(p.dtype) for grad, p in zip(grads, params, strict=True)],
-        [state["exp_avg"] for state in states],
+        work,
+        [grad.to(m.dtype).contiguous() for grad, m in zip(grads, averages, strict=True)],
+        averages,
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
@@ -85,3 +103,6 @@ def adamw_(
         eps=eps,
         maximize=False,
     )
+    for parameter, worked in zip(params, work, strict=True):
+        if worked is not parameter:
+            parameter.copy_(worked)
