@@ -12,7 +12,7 @@ from k2train.checkpoint import Checkpoint, CheckpointError, newest_checkpoint
 from k2train.comm import close_world, open_world
 from k2train.config import ModelConfig, WriteConfig, parse
 from k2train.data import Tokenizer
-from k2train.generate import sample_text
+from k2train.generate import printable, sample_text
 from k2train.model import Transformer, build_model
 from k2train.paths import RunPaths
 
@@ -20,7 +20,7 @@ from k2train.paths import RunPaths
 def run(config: WriteConfig) -> int:
     """Prints the text; returns the exit status."""
     try:
-        print(write(config))
+        print(printable(write(config)))
     except ValueError as error:  # CheckpointError among them
         print(f"k2train: error: {error}", file=sys.stderr)
         return 1

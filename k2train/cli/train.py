@@ -123,16 +123,24 @@ def _prepare(config: RunConfig, streams: Quiet | None) -> Path:
 def _report(trainer: Trainer, result: HeldOutLoss, streams: Quiet) -> None:
     """Writes sample, curves and summary, and shows the result; all ranks enter, as experts may live on any."""
     from k2train.data import compressed_sizes
-    from k2train.generate import sample_text
+    from k2train.generate import printable, sample_text
     from k2train.report import Summary, draw_curves, summary_table
 
     config, paths, progress = trainer.config, trainer.paths, trainer.progress
-    text = sample_text(trainer.model, trainer.dataset.tokenizer, config.generate, trainer.world.device)
+    try:
+        text = sample_text(trainer.model, trainer.dataset.tokenizer, config.generate, trainer.world.device)
+    except ValueError as error:  # a model that has diverged has a result, but nothing to say
+        text = f"no sample: {error}"
     if not trainer.world.main:
         return
     atomic_write(paths.sample, text + "\n")
     compression = compressed_sizes(trainer.dataset.documents("held_out"))
-    draw_curves(paths.metrics, paths.curves, tau=config.optim.tau, compression=compression)
+    draw_curves(
+        paths.metrics,
+        paths.curves,
+        tau=config.optim.tau if config.optim.name == "muonclip" else None,
+        compression=compression,
+    )
     total, active = trainer.parameters()
     tokens = progress.step * config.train.global_batch_size * config.train.sequence_length
     summary = Summary(
@@ -159,7 +167,7 @@ def _report(trainer: Trainer, result: HeldOutLoss, streams: Quiet) -> None:
     console = Console(file=streams.out, highlight=False)
     console.print(summary_table(summary))
     console.print(f"\nA sample ({paths.sample}):\n", style="dim")
-    console.print(text, markup=False)
+    console.print(printable(text), markup=False)
 
 
 def _peak_memory() -> int:

@@ -66,6 +66,11 @@ def next_token(logits_V: Tensor, *, temperature: float, top_p: float, generator:
     return int(order_V[min(int((cumulative_V[:kept] <= drawn).sum()), kept - 1)])
 
 
+def printable(text: str) -> str:
+    """The text as a terminal may be given it: control characters, which a young model writes too, become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def _agree(token: int) -> int:
     """Rank 0's token on all ranks: rounding may differ between them, and one gone astray would hang all."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

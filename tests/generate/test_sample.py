@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from k2train.config import GenerateConfig
-from k2train.generate import next_token, sample_text
+from k2train.generate import next_token, printable, sample_text
 
 VOCAB, PADDED, WINDOW = 12, 16, 5
 
@@ -133,3 +133,7 @@ def _rank(rank, folder):
 def test_ranks_agree_on_every_token(tmp_path):
     mp.spawn(_rank, args=(tmp_path,), nprocs=2)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "abcdef"
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\tb\n\x1b[31mé\x00\r") == "a\tb\n\ufffd[31mé\ufffd\ufffd"
