@@ -1,0 +1,258 @@
+"""Shards: the same weights as one process, however parameters are cut, and each matrix orthogonalised once in all."""
+
+import dataclasses
+import math
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from muonclip import FlatLayout, MuonClip, Piece, QKClip, newton_schulz
+
+# In flat order; the boundaries of CUTS fall into them.
+MATRICES = {"a": (6, 10), "b": (7, 3), "experts": (3, 4, 6), "q": (8, 6)}  # 60, 21, 72 and 48 elements
+REST = {"embedding": (11, 5), "q_bias": (8,)}
+COUNT = 6  # matrices, each expert one
+
+# Where each rank's shard begins and ends; what goes past 201 and 63 elements is padding.
+CUTS = {
+    "even, as ZeRO cuts": {"muon": (0, 67, 134, 201), "adamw": (0, 21, 42, 63)},
+    "padded": {"muon": (0, 80, 160, 240), "adamw": (0, 30, 60, 90)},
+    "one matrix over all ranks": {"muon": (0, 20, 40, 201), "adamw": (0, 1, 2, 63)},
+    "inside a row, and inside one expert": {"muon": (0, 83, 86, 201), "adamw": (0, 57, 61, 63)},
+    "a rank that holds nothing": {"muon": (0, 0, 170, 201), "adamw": (0, 63, 63, 63)},
+    "nothing straddles": {"muon": (0, 60, 81, 201), "adamw": (0, 20, 40, 63)},
+}
+STEPS = 3
+
+
+class Attention:
+    """Two heads of four query rows and a bias each."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self.weight, self.bias, self.max_logits = weight, bias, torch.full((2,), -math.inf)
+
+    def reset_max_logits(self) -> None:
+        self.max_logits = torch.full((2,), -math.inf)
+
+    def row_scales(self, gamma_H):
+        rows = gamma_H.repeat_interleave(4)
+        yield from ((self.weight, rows), (self.bias, rows))
+
+
+def build(nesterov: bool = True) -> tuple[dict[str, torch.nn.Parameter], Attention, MuonClip]:
+    generator = torch.Generator().manual_seed(0)
+    params = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in (MATRICES | REST).items()}
+    attention = Attention(params["q"], params["q_bias"])
+    groups = [
+        {"params": [(n, params[n]) for n in names], "algorithm": algorithm}
+        for names, algorithm in ((MATRICES, "muon"), (REST, "adamw"))
+    ]
+    clip = QKClip([("attention", attention)], tau=1.0)
+    return params, attention, MuonClip(groups, lr=0.02, nesterov=nesterov, qk_clip=clip)
+
+
+def pieces(names: dict[str, tuple[int, ...]], low: int, high: int) -> tuple[Piece, ...]:
+    """What of the parameters, one after the other, lies in [low, high)."""
+    sizes = [math.prod(shape) for shape in names.values()]
+    found = []
+    for (name, shape), size, offset in zip(names.items(), sizes, accumulate(sizes, initial=0), strict=False):
+        start, stop = max(low, offset), min(high, offset + size)
+        if start < stop:
+            found.append(Piece(name, shape, start - offset, stop - offset, start - low))
+    return tuple(found)
+
+
+def layout(names, cuts, rank: int, group=None) -> FlatLayout:
+    return FlatLayout(tuple(pieces(names, low, high) for low, high in pairwise(cuts)), rank, group)
+
+
+def gradients(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step + 1)
+    return {n: torch.randn(s, generator=generator) for n, s in (MATRICES | REST).items()}
+
+
+def cut(names, values: dict[str, torch.Tensor], low: int, high: int) -> torch.Tensor:
+    flat = torch.cat([values[n].detach().flatten() for n in names])
+    return torch.nn.functional.pad(flat, (0, max(0, high - len(flat))))[low:high].clone()
+
+
+def run_plain(nesterov: bool) -> dict[str, torch.Tensor]:
+    params, attention, optimizer = build(nesterov)
+    for step in range(STEPS):
+        for name, grad in gradients(step).items():
+            params[name].grad = grad
+        attention.max_logits = torch.tensor([0.5, 2.0 + step])
+        optimizer.step()
+    return params
+
+
+def run_sharded(cuts, rank: int, group, *, nesterov: bool = True, grouped: bool = True) -> tuple[MuonClip, list]:
+    """The steps on shards, cut to a group at a time as ZeRO does, or for all at once."""
+    params, attention, optimizer = build(nesterov)
+    bounds = [(cuts[key][rank], cuts[key][rank + 1]) for key in ("muon", "adamw")]
+    flats = [cut(names, params, *b) for names, b in zip((MATRICES, REST), bounds, strict=True)]
+    for param_group, flat in zip(optimizer.param_groups, flats, strict=True):
+        param_group["params"] = [flat]
+    layouts = (layout(MATRICES, cuts["muon"], rank, group), layout(REST, cuts["adamw"], rank, group))
+    optimizer.shard(dict(zip(flats, layouts, strict=True)))
+    assert [set(optimizer.state[f]) for f in flats] == [{"momentum"}, {"exp_avg", "exp_avg_sq", "step"}]
+    everything = optimizer.param_groups
+    for step in range(STEPS):
+        grads = gradients(step)
+        for names, flat, b in zip((MATRICES, REST), flats, bounds, strict=True):
+            flat.grad = cut(names, grads, *b)
+        # One rank saw the largest logit of the second head: all must clip by it.
+        attention.max_logits = torch.tensor([0.5, 2.0 + step if rank == 0 else -1.0])
+        if grouped:
+            optimizer.qk_clip.gather()
+            for param_group in everything:
+                optimizer.param_groups = [param_group]
+                optimizer.step()
+            optimizer.param_groups = everything
+            optimizer.qk_clip.reset()
+        else:
+            optimizer.step()
+    return optimizer, list(zip(flats, layouts, strict=True))
+
+
+def check_equal(expected: dict[str, torch.Tensor], shards: list) -> None:
+    for flat, its_layout in shards:
+        for piece in its_layout.pieces_by_rank[its_layout.rank]:
+            found = flat[piece.offset : piece.offset + piece.stop - piece.start]
+            difference = found - expected[piece.name].detach().flatten()[piece.start : piece.stop]
+            assert difference.abs().max() <= 1e-6, piece.name
+
+
+def counting(calls: list[int]):
+    def count(matrices, **settings):
+        calls.append(matrices.shape[:-2].numel())
+        return newton_schulz(matrices, **settings)
+
+    return count
+
+
+def of_three(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        patch.setattr("muonclip.orthogonalize.newton_schulz", counting(calls))
+        for number, cuts in enumerate(CUTS.values()):
+            for nesterov in (True, False):
+                expected = run_plain(nesterov)
+                calls.clear()
+                _, shards = run_sharded(cuts, rank, None, nesterov=nesterov, grouped=number % 2 == 0)
+                check_equal(expected, shards)
+                total = torch.tensor(sum(calls))
+                dist.all_reduce(total)
+                assert total == COUNT * STEPS
+    # Two ranks of the three, as expert-data groups are: the third takes no part.
+    pair = dist.new_group([0, 2])
+    if rank != 1:
+        clip_alone = dataclasses.replace(layout(MATRICES, (0, 100, 201), rank // 2), group=pair)
+        assert dist.get_rank(pair) == clip_alone.rank
+        expected = run_plain_on(pair)
+        check_equal(expected, run_pair(clip_alone))
+    # A NaN on one rank is the same news to all.
+    _, attention, optimizer = build()
+    attention.max_logits = torch.tensor([math.nan if rank == 1 else 0.0, 3.0 * rank])
+    optimizer.qk_clip.gather()
+    assert optimizer.qk_clip.max_logits.tolist() == [[math.inf, 6.0]]
+    torch.testing.assert_close(optimizer.qk_clip.gamma, torch.tensor([[1.0, 1 / 6]]))
+    dist.destroy_process_group()
+
+
+def only_muon() -> tuple[dict[str, torch.nn.Parameter], MuonClip]:
+    params, _, _ = build()
+    return params, MuonClip([{"params": [(n, params[n]) for n in MATRICES], "algorithm": "muon"}], lr=0.02)
+
+
+def run_plain_on(group) -> dict[str, torch.Tensor]:
+    params, optimizer = only_muon()
+    for name, grad in gradients(0).items():
+        params[name].grad = grad
+    optimizer.step()
+    return params
+
+
+def run_pair(its_layout: FlatLayout) -> list:
+    params, optimizer = only_muon()
+    low, high = ((0, 100), (100, 201))[its_layout.rank]
+    flat = cut(MATRICES, params, low, high)
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.shard({flat: its_layout})
+    flat.grad = cut(MATRICES, gradients(0), low, high)
+    optimizer.step()
+    return [(flat, its_layout)]
+
+
+def test_three_processes_give_the_weights_of_one(tmp_path):
+    mp.spawn(of_three, args=(str(tmp_path / "store"),), nprocs=3)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_one_process_is_the_trivial_layout(grouped):
+    _, shards = run_sharded({"muon": (0, 210), "adamw": (0, 63)}, 0, None, grouped=grouped)
+    check_equal(run_plain(True), shards)
+    assert shards[0][0][201:].abs().max() == 0  # padding stays what it was
+
+
+def flattened() -> tuple[MuonClip, list[torch.Tensor], list[FlatLayout]]:
+    optimizer, shards = run_sharded({"muon": (0, 201), "adamw": (0, 63)}, 0, None)
+    return optimizer, [flat for flat, _ in shards], [its_layout for _, its_layout in shards]
+
+
+def replaced(its_layout: FlatLayout, number: int, **changes) -> FlatLayout:
+    held = list(its_layout.pieces_by_rank[0])
+    held[number : number + 1] = [dataclasses.replace(held[number], **changes)] if changes else []
+    return dataclasses.replace(its_layout, pieces_by_rank=(tuple(held),))
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "message"),
+    [
+        (0, {}, "a is in no layout: it would never be trained"),
+        (0, {"name": "z"}, "gives z the shape .* but it is no parameter of this optimizer"),
+        (0, {"shape": (10, 6)}, r"gives a the shape \(10, 6\), but it is \(6, 10\)"),
+        (0, {"stop": 59}, "pieces of matrix 0 of a do not cover it once"),
+        (2, {"start": 1}, "pieces of matrix 0 of experts do not cover it once"),
+        (3, {"offset": 160}, "past the end of a shard of 201 elements"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(number, changes, message):
+    optimizer, flats, layouts = flattened()
+    with pytest.raises(ValueError, match=message):
+        optimizer.shard({flats[0]: replaced(layouts[0], number, **changes), flats[1]: layouts[1]})
+
+
+def test_every_group_needs_a_layout():
+    optimizer, flats, layouts = flattened()
+    with pytest.raises(ValueError, match="every group must hold one flat tensor that has a layout"):
+        optimizer.shard({flats[0]: layouts[0]})
+    optimizer, flats, layouts = flattened()
+    optimizer.param_groups[1]["params"] = [torch.zeros(63)]  # replaced again, after shard()
+    with pytest.raises(ValueError, match="has no state"):
+        optimizer.step()
+
+
+def test_steps_of_single_groups_need_gathered_logits():
+    optimizer, _, _ = flattened()
+    optimizer.param_groups = optimizer.param_groups[:1]
+    with pytest.raises(ValueError, match=r"call qk_clip\.gather\(\) before"):
+        optimizer.step()
+
+
+def test_state_written_in_place_is_what_the_next_step_uses():
+    one, flats, _ = flattened()
+    other, others, _ = flattened()
+    for flat in others:
+        for values in other.state[flat].values():
+            values.zero_()
+    for flat, copy in zip(flats, others, strict=True):
+        for key, values in one.state[flat].items():
+            other.state[copy][key].copy_(values)
+    for optimizer in (one, other):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(flats, others, strict=True))
