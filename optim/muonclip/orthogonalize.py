@@ -18,8 +18,10 @@ from torch import Tensor
 # Kimi K2): steep at zero, at the price that singular values end between about 0.7 and 1.2 instead of at 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
-# Elements of one batch. It bounds what a stack of experts needs on top of itself and is far above what fills a device.
+# Elements of one batch: what a stack needs on top of its matrices is bounded, yet enough to fill a device.
 BATCH_ELEMENTS = 2**24
+# On a CPU, elements of a matrix above which a batch is no faster than its matrices one by one.
+SMALL_ELEMENTS = 2**16
 
 
 def newton_schulz(matrices: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,8 +60,9 @@ def newton_schulz(matrices: Tensor, *, steps: int = 5, dtype: torch.dtype = torc
 def orthogonalize_each(matrices: Sequence[Tensor], *, steps: int, dtype: torch.dtype) -> list[Tensor]:
     """``newton_schulz`` of many matrices, in batches of equal shapes where that is faster.
 
-    On a CPU batches pay in bfloat16 (up to three times faster for small matrices) and cost some 10 to 25 % in float32;
-    the results are the same bit for bit there. On other devices everything is batched.
+    On a CPU that is bfloat16 and small matrices (up to three times faster); float32 goes one by one there (batches
+    cost 10 to 25 %), so that no batch, and no cut over ranks, changes a bit of a matrix's result. On other devices
+    everything is batched.
 
     Args:
         matrices: [m, n] each, of any shapes.
@@ -74,7 +77,7 @@ def orthogonalize_each(matrices: Sequence[Tensor], *, steps: int, dtype: torch.d
     for number, matrix in enumerate(matrices):
         alike.setdefault((matrix.device, matrix.shape), []).append(number)
     for (device, shape), numbers in alike.items():
-        alone = device.type == "cpu" and dtype != torch.bfloat16
+        alone = device.type == "cpu" and (dtype != torch.bfloat16 or shape.numel() > SMALL_ELEMENTS)
         size = 1 if alone else max(1, BATCH_ELEMENTS // shape.numel())
         for batch in (numbers[i : i + size] for i in range(0, len(numbers), size)):
             if len(batch) == 1:
@@ -94,7 +97,9 @@ def _normalised(matrices: Tensor) -> Tensor:
     """
     x: Tensor = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     smallest = torch.finfo(x.dtype).tiny
-    x = x / torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), keepdim=True).clamp_min(smallest)
+    # Twenty times faster on a CPU than the infinity norm.
+    largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+    x = x / largest.clamp_min(smallest)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     x /= norm.clamp_min(smallest)
     return x
