@@ -100,9 +100,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Which tokenizer the data is encoded with."""
+    """The byte-level BPE that is trained on the training split."""
 
-    kind: str = rule(one_of=("bpe",))  # byte-level BPE trained on the training split
     vocab_size: int = rule(at_least=257, at_most=163840)  # tokens including the 256 bytes and the special tokens
     pad_to_multiple: int = rule(at_least=1)  # the model's vocabulary is rounded up to a multiple of this
 

@@ -1,5 +1,6 @@
 """What is answered before anything runs."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -35,6 +36,16 @@ def test_version(capsys):
 def test_unknown_command(typed, hint, capsys):
     assert main([typed]) == 2
     assert hint in errors(capsys)[0]
+
+
+def test_threads_sleep_soon_unless_the_person_says_otherwise(monkeypatch):
+    seen = []
+    monkeypatch.setattr("k2train.cli.prepare.run", lambda config: seen.append(os.environ["GOMP_SPINCOUNT"]) or 0)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert main(["prepare"]) == 0
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert main(["prepare"]) == 0
+    assert seen == ["500", "7"]
 
 
 @pytest.mark.parametrize("name", ["prepare", "train", "generate"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ class Runner:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         own = [f"name={name}", f"runs_dir={self.runs}", "data=folder", f"data.path={ROOT / 'k2train'}"]
         own += [f"data.cache_dir={self.folder / 'cache'}", "data.tokenizer.vocab_size=512", "track.wandb=off"]
+        own += ["train.threads=1"]  # other tests run at the same time
         return [*launcher, "-m", "k2train", "train", "experiment=tiny", *own, *overrides]
 
     def environment(self) -> dict[str, str]:
@@ -43,7 +45,12 @@ class Runner:
     def run(self, name: str, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
         """To the end; whether it went well is for the caller to ask."""
         process = self.start(name, *overrides, processes=processes)
-        out, err = process.communicate(timeout=300)
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            raise AssertionError(f"{name} hangs; so far it said:\n{out}\n{err}") from None
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def records(self, name: str) -> list[dict]:

@@ -55,7 +55,7 @@ def test_a_full_disk_and_going_on_when_there_is_space(runner):
     small = runner.folder / "small"
     small.mkdir()
     mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=6m", "k2train", small]).returncode:
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "k2train", small]).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
         result = runner.run("full", f"runs_dir={small}")
