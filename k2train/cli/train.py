@@ -54,8 +54,8 @@ def run(config: RunConfig) -> int:
 
 
 def _other_settings(config: RunConfig, paths: RunPaths) -> list[str]:
-    """Why the run of this name is another one, if it is."""
-    if not paths.config.exists():
+    """Why the run of this name is another one, if it is. One that failed before its first step binds nobody."""
+    if not (paths.config.exists() and paths.metrics.exists()):
         return []
     if not (changes := changed_settings(json.loads(paths.config.read_text(encoding="utf-8")), to_dict(config))):
         return []

@@ -31,10 +31,10 @@ def test_a_missing_corpus(runner):
     _refused(result, "nowhere", status=1)
 
 
-def test_an_empty_corpus(runner):
+def test_an_empty_corpus_after_a_failed_start_with_other_settings(runner):
     empty = runner.folder / "empty"
     empty.mkdir()
-    result = runner.run("empty", f"data.path={empty}")
+    result = runner.run("missing", f"data.path={empty}")
     _refused(result, str(empty), status=1)
 
 
