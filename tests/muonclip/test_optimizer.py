@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from muonclip import POLAR_EXPRESS, MuonClip, newton_schulz
+from muonclip import POLAR_EXPRESS, QUINTIC, MuonClip, newton_schulz
+
+BF16 = torch.bfloat16
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
@@ -363,16 +365,24 @@ def test_a_bfloat16_momentum_takes_half_the_memory_and_changes_little(dtype):
     assert (high - low).norm() <= 0.02 * (high - start).norm()
 
 
-def test_coefficients_and_the_gram_form_reach_every_matrix():
-    p = parameter(8, 32)
-    optimizer = muon(
-        ("p", p), lr=1.0, weight_decay=0.0, newton_schulz_coefficients=POLAR_EXPRESS, newton_schulz_gram=True
-    )
-    before = p.detach().clone()
-    give_gradients(0, p)
+def test_the_settings_of_a_group_reach_newton_schulz(monkeypatch):
+    seen = []
+
+    def recording(matrices, **settings):
+        seen.append((tuple(matrices.shape), settings))
+        return newton_schulz(matrices, **settings)
+
+    monkeypatch.setattr("muonclip.orthogonalize.newton_schulz", recording)
+    own, general = parameter(8, 32), parameter(6, 4)
+    special = {"newton_schulz_coefficients": POLAR_EXPRESS, "newton_schulz_gram": True, "newton_schulz_dtype": BF16}
+    groups = [{"params": [("own", own)], **special}, {"params": [("general", general)]}]
+    optimizer = MuonClip([{**group, "algorithm": "muon"} for group in groups], lr=0.1)
+    give_gradients(0, own, general)
     optimizer.step()
-    expected = newton_schulz(1.95 * p.grad, coefficients=POLAR_EXPRESS, gram=True)
-    assert ((before - p.detach()) / (0.2 * math.sqrt(32)) - expected).abs().max() <= 1e-5
+    assert seen == [
+        ((8, 32), {"coefficients": POLAR_EXPRESS, "dtype": BF16, "gram": True}),
+        ((6, 4), {"coefficients": QUINTIC, "dtype": torch.float32, "gram": False}),
+    ]
 
 
 @pytest.mark.parametrize(
