@@ -10,8 +10,8 @@ confidence. With one thread the time is that of the processor, so that other wor
 Peers are measured if they can be imported: pip install --no-deps --target DIR muon-optimizer optimuon
 pytorch-optimizer, then PYTHONPATH=DIR. All make five steps of Newton-Schulz, with the quintic's coefficients.
 
-Where a CPU has no bfloat16 products, torch takes some hundred times longer for them than for float32. There the peers
-are measured in float32 by default: their own code, with float32 put in the place of bfloat16.
+Where a CPU has no bfloat16 products, torch falls back to a loop that takes more than ten times as long as float32.
+There the peers are measured in float32 by default: their own code, with float32 put in the place of bfloat16.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def _multiply_add(x: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha:
 
 @cache
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether torch has bfloat16 products for this CPU; what it falls back to otherwise is a hundred times slower."""
+    """Whether torch has bfloat16 products for this CPU; what it falls back to otherwise is over ten times slower."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # what torch's own compiler asks
     return supported is not None and bool(supported())
 
