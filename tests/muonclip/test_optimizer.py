@@ -165,13 +165,13 @@ def test_adamw_equals_torch():
         torch.testing.assert_close(p, q, atol=1e-7, rtol=1e-6)
 
 
-def mixed(dtype: torch.dtype = torch.float32) -> tuple[list[torch.nn.Parameter], MuonClip]:
+def mixed(dtype: torch.dtype = torch.float32, **settings) -> tuple[list[torch.nn.Parameter], MuonClip]:
     matrix, stack, vector = (parameter(*shape, dtype=dtype) for shape in ((6, 4), (2, 4, 6), (5,)))
     groups = [
         {"params": [("matrix", matrix), ("stack", stack)], "algorithm": "muon", "role": "mlp", "peak_lr": 3.0},
         {"params": [("vector", vector)], "algorithm": "adamw"},
     ]
-    return [matrix, stack, vector], MuonClip(groups, lr=0.1)
+    return [matrix, stack, vector], MuonClip(groups, lr=0.1, **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,17 +191,19 @@ def test_state_is_there_from_the_start_and_in_float32(dtype):
     assert optimizer.param_groups[0]["peak_lr"] == 3.0
 
 
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit(dtype):
-    params, optimizer = mixed(dtype)
+def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit(dtype, momentum_dtype):
+    params, optimizer = mixed(dtype, momentum_dtype=momentum_dtype)
     for step in range(2):
         give_gradients(step, *params)
         optimizer.step()
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    others, second = mixed(dtype)
+    others, second = mixed(dtype, momentum_dtype=momentum_dtype)
     second.load_state_dict(torch.load(file, weights_only=True))
+    assert second.state[others[0]]["momentum"].dtype == momentum_dtype
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
     for step in range(2, 4):

@@ -213,6 +213,10 @@ def test_each_block_of_a_split_parameter_is_orthogonalised_once(monkeypatch):
     optimizer.shard({flat: whole})
     optimizer.step()
     check_equal(params, [(flat, whole)])
+    held = list(whole.pieces_by_rank[0])
+    held[0] = dataclasses.replace(held[0], stop=59)
+    with pytest.raises(ValueError, match=r"matrix 0 of a \(block 1 of its rows\) do not cover it once"):
+        optimizer.shard({flat: dataclasses.replace(whole, pieces_by_rank=(tuple(held),))})
     blocks = [(2, 10), (4, 10), (7, 3), (4, 6), (4, 6), *[(1, 6), (3, 6)] * 3]
     assert sorted(calls) == sorted(blocks)
 
