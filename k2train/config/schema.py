@@ -143,7 +143,7 @@ class OptimConfig:
     weight_decay: float = rule(at_least=0)
     momentum: float = rule(at_least=0, below=1)
     nesterov: bool = rule()
-    newton_schulz_steps: int = rule(at_least=1)
+    newton_schulz_coefficients: str = rule(one_of=("quintic", "polar_express"))  # five steps each
     newton_schulz_dtype: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
     betas: tuple[float, float] = rule(at_least=0, below=1)
     eps: float = rule(above=0)

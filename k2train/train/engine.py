@@ -7,7 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from muonclip import MuonClip, QKClip, split_parameters
+from muonclip import POLAR_EXPRESS, QUINTIC, MuonClip, QKClip, split_parameters
 
 from k2train.comm import World
 from k2train.config import OptimConfig, RunConfig
@@ -15,6 +15,7 @@ from k2train.model import Transformer
 
 # Hidden matrices; all other roles (embedding, head, norm) always use AdamW. MuonClip: arXiv 2507.20534, section 2.1.
 MUON_ROLES = ("attention", "mlp", "expert", "router")
+COEFFICIENTS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,7 +60,7 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        newton_schulz_steps=config.newton_schulz_steps,
+        newton_schulz_coefficients=COEFFICIENTS[config.newton_schulz_coefficients],
         newton_schulz_dtype=torch.bfloat16 if bf16 else torch.float32,
         betas=config.betas,
         eps=config.eps,

@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from muonclip.groups import split_parameters
     from muonclip.optimizer import MuonClip
-    from muonclip.orthogonalize import newton_schulz
+    from muonclip.orthogonalize import POLAR_EXPRESS, QUINTIC, newton_schulz
     from muonclip.qk_clip import ClippableAttention, QKClip
     from muonclip.sharded import FlatLayout, Piece
 
-__all__ = ["ClippableAttention", "FlatLayout", "MuonClip", "Piece", "QKClip", "newton_schulz", "split_parameters"]
+__all__ = [
+    "POLAR_EXPRESS",
+    "QUINTIC",
+    "ClippableAttention",
+    "FlatLayout",
+    "MuonClip",
+    "Piece",
+    "QKClip",
+    "newton_schulz",
+    "split_parameters",
+]
 
 # No module is named as what it exports: importing it would put the module in the place of the function.
 _HOMES = {
+    "POLAR_EXPRESS": "orthogonalize",
+    "QUINTIC": "orthogonalize",
     "ClippableAttention": "qk_clip",
     "FlatLayout": "sharded",
     "MuonClip": "optimizer",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from muonclip.orthogonalize import orthogonalize_each
+from muonclip.orthogonalize import QUINTIC, Coefficients, orthogonalize_each
+from muonclip.ownership import newton_schulz_cost
 from muonclip.qk_clip import QKClip, scale_rows_
 from muonclip.sharded import Exchange, FlatLayout
 from muonclip.update import adamw_, apply_updates_, momentum_directions, muon_scale
@@ -21,7 +23,8 @@ class MuonClip(torch.optim.Optimizer):
     """Muon on matrices, AdamW on the rest, QK-Clip after both; in a plain loop or on the shards of ZeRO.
 
     State of each tensor, created at once: ``momentum`` (muon), or ``exp_avg``, ``exp_avg_sq`` and ``step`` (adamw; the
-    updates it got), in float32 whatever the parameters are in (float64 for float64). It may be written to in place.
+    updates it got), in float32 whatever the parameters are in (float64 for float64), but for a momentum that was asked
+    for in bfloat16. It may be written to in place.
     """
 
     def __init__(
@@ -32,8 +35,11 @@ class MuonClip(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        newton_schulz_steps: int = 5,
+        momentum_dtype: torch.dtype = torch.float32,
+        newton_schulz_coefficients: Coefficients = QUINTIC,
         newton_schulz_dtype: torch.dtype = torch.float32,
+        newton_schulz_gram: bool = False,
+        split: Mapping[str, Sequence[int]] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         qk_clip: QKClip | None = None,
@@ -48,8 +54,14 @@ class MuonClip(torch.optim.Optimizer):
             weight_decay: decoupled, times lr.
             momentum: mu of Muon.
             nesterov: Moonlight's form; False is K2's algorithm as printed.
-            newton_schulz_steps: iterations.
+            momentum_dtype: float32, or bfloat16 for half the memory.
+            newton_schulz_coefficients: a, b, c of each iteration.
             newton_schulz_dtype: in which they are computed.
+            newton_schulz_gram: the cheaper form for matrices at least three times as long as wide; see
+                ``newton_schulz``.
+            split: by name, the rows of the matrices that lie one after the other in a parameter (in each matrix of a
+                stack), such as (n_q, n_k, n_v) of a fused projection or (head_dim,) * heads: each is orthogonalised and
+                scaled on its own.
             betas: of AdamW.
             eps: of AdamW.
             qk_clip: what bounds attention logits; None: nothing does.
@@ -61,6 +73,7 @@ class MuonClip(torch.optim.Optimizer):
         self._parameters: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}  # of parameters by id; those given here, also after ``shard``
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._split = {name: tuple(rows) for name, rows in (split or {}).items()}
         self._layouts: dict[Tensor, FlatLayout] = {}
         self._exchanges: dict[Tensor, Exchange] = {}
         defaults = {
@@ -68,12 +81,16 @@ class MuonClip(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "momentum": momentum,
             "nesterov": nesterov,
-            "newton_schulz_steps": newton_schulz_steps,
+            "momentum_dtype": momentum_dtype,
+            "newton_schulz_coefficients": tuple(map(tuple, newton_schulz_coefficients)),
             "newton_schulz_dtype": newton_schulz_dtype,
+            "newton_schulz_gram": newton_schulz_gram,
             "betas": tuple(betas),
             "eps": eps,
         }
         super().__init__([dict(group) for group in groups], defaults)
+        if unknown := sorted(self._split.keys() - self._shapes.keys()):
+            raise ValueError(f"split names {unknown[0]}, which is no parameter of this optimizer")
         if qk_clip is not None:
             qk_clip.check_weights(self._names)
 
@@ -90,6 +107,8 @@ class MuonClip(torch.optim.Optimizer):
                 raise ValueError(f"{self._names[id(parameter)]} and {name} are one tensor (tied, or given twice)")
             if name in self._parameters:
                 raise ValueError(f"two parameters are named {name}: names must be unique")
+            if name in self._split:
+                _check_split(name, parameter, self._split[name], algorithm=param_group["algorithm"])
             self._parameters[name], self._names[id(parameter)] = parameter, name
             self._shapes[name] = tuple(parameter.shape)
         super().add_param_group(param_group)
@@ -124,7 +143,15 @@ class MuonClip(torch.optim.Optimizer):
                     raise ValueError(f"the layout puts {piece} past the end of a shard of {flat.numel()} elements")
             self._layouts[flat] = layout
             if group["algorithm"] == "muon":
-                self._exchanges[flat] = Exchange(layout)
+                self._exchanges[flat] = Exchange(
+                    layout,
+                    cost=partial(
+                        newton_schulz_cost,
+                        steps=len(group["newton_schulz_coefficients"]),
+                        gram=group["newton_schulz_gram"],
+                    ),
+                    split=self._split,
+                )
             self._create_state(flat, group)
         held = {piece.name for x in self._layouts.values() for pieces in x.pieces_by_rank for piece in pieces}
         for name, parameter in self._parameters.items():
@@ -185,9 +212,10 @@ class MuonClip(torch.optim.Optimizer):
             directions = momentum_directions(
                 grads, [s["momentum"] for s in states], momentum=group["momentum"], nesterov=group["nesterov"]
             )
+            splits = [self._split.get(self._names[id(p)]) for p in params]
             apply_updates_(
-                _matrices(params),
-                muon_updates(_matrices(directions), group),
+                _matrices(params, splits),
+                muon_updates(_matrices(directions, splits), group),
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
             )
@@ -236,6 +264,8 @@ class MuonClip(torch.optim.Optimizer):
     def _create_state(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
         names = ("momentum",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
         dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if group["algorithm"] == "muon" and group["momentum_dtype"] == torch.bfloat16:
+            dtype = torch.bfloat16
         state = {n: torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for n in names}
         if group["algorithm"] == "adamw":
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
@@ -244,13 +274,27 @@ class MuonClip(torch.optim.Optimizer):
 
 def muon_updates(directions: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
     """Muon's update of each direction [m, n]: orthogonalised and scaled, not yet times the learning rate."""
-    orthogonal = orthogonalize_each(directions, steps=group["newton_schulz_steps"], dtype=group["newton_schulz_dtype"])
+    orthogonal = orthogonalize_each(
+        directions,
+        coefficients=group["newton_schulz_coefficients"],
+        dtype=group["newton_schulz_dtype"],
+        gram=group["newton_schulz_gram"],
+    )
     return [o.to(d.dtype).mul_(muon_scale(d.shape[0], d.shape[1])) for o, d in zip(orthogonal, directions, strict=True)]
 
 
-def _matrices(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """[m, n] each: a stack [E, m, n] is E matrices; views, so that what is done to them is done to the tensors."""
-    return [matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else (tensor,))]
+def _matrices(tensors: Sequence[Tensor], splits: Sequence[Sequence[int] | None]) -> list[Tensor]:
+    """[m, n] each, views, so that what is done to them is done to the tensors.
+
+    Args:
+        tensors: [m, n], or stacks [E, m, n], which are E matrices.
+        splits: rows of the matrices that each is to be cut into; None: it stays whole.
+    """
+    found: list[Tensor] = []
+    for tensor, rows in zip(tensors, splits, strict=True):
+        for matrix in tensor.unbind() if tensor.ndim == 3 else (tensor,):
+            found += (matrix,) if rows is None else torch.split(matrix, list(rows))
+    return found
 
 
 def _adamw(
@@ -290,5 +334,26 @@ def _check_group(group: Mapping[str, Any]) -> None:
     for key, value, high in [*numbers, ("momentum", group["momentum"], 1.0)]:
         if not 0 <= value < high:
             raise ValueError(f"{key}={value} {where} must be at least 0 and below {high}")
-    if group["newton_schulz_steps"] < 1:
-        raise ValueError(f"newton_schulz_steps={group['newton_schulz_steps']} {where} must be at least 1")
+    coefficients = group["newton_schulz_coefficients"]
+    if not coefficients or any(len(abc) != 3 or not all(map(math.isfinite, abc)) for abc in coefficients):
+        raise ValueError(
+            f"newton_schulz_coefficients={coefficients} {where} must be three numbers (a, b, c) for each step, "
+            "such as muonclip.QUINTIC"
+        )
+    if group["momentum_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"momentum_dtype={group['momentum_dtype']} {where} must be torch.float32 or torch.bfloat16")
+    if group["newton_schulz_dtype"] not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(
+            f"newton_schulz_dtype={group['newton_schulz_dtype']} {where} must be torch.float32, torch.bfloat16 or "
+            "torch.float64"
+        )
+
+
+def _check_split(name: str, parameter: Tensor, rows: Sequence[int], *, algorithm: str) -> None:
+    if algorithm != "muon":
+        raise ValueError(f"split names {name}, whose algorithm is {algorithm}: only Muon has matrices to split")
+    if min(rows, default=0) < 1 or sum(rows) != parameter.shape[-2]:
+        raise ValueError(
+            f"split cuts {name} into {list(rows)} rows, but it has {parameter.shape[-2]}: give positive numbers that "
+            "add up to that"
+        )

@@ -2,29 +2,53 @@
 
 Shapes: ... any batch of matrices, m rows, n columns.
 
-For X = U S V^T the iteration X <- a X + b (X X^T) X + c (X X^T)^2 X acts on each singular value alone and drives it
-towards 1, so that the result approximates U V^T, the nearest matrix with orthonormal rows (or columns). Only matrix
-products are needed, which is why it beats a singular value decomposition on any accelerator.
+For X = U S V^T a step X <- a X + b (X X^T) X + c (X X^T)^2 X acts on each singular value alone and drives it towards 1,
+so that the result approximates U V^T, the nearest matrix with orthonormal rows (or columns). Only matrix products are
+needed, which is why it beats a singular value decomposition on any accelerator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-# a, b, c of Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/, also Moonlight, arXiv 2502.16982, and
-# Kimi K2): steep at zero, at the price that singular values end between about 0.7 and 1.2 instead of at 1.
-QUINTIC = (3.4445, -4.7750, 2.0315)
+from muonclip.ownership import gram_segments, uses_gram
+
+Coefficients = Sequence[tuple[float, float, float]]  # a, b, c of each step
+
+# Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/), also in Moonlight (arXiv 2502.16982) and Kimi K2
+# (arXiv 2507.20534): steep at zero, at the price that singular values end between about 0.7 and 1.2 instead of at 1.
+QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+
+# The Polar Express (arXiv 2505.16932, algorithm 1): its first five polynomials, each the best one for what the one
+# before leaves of singular values from 1e-3 to 1, with the paper's margin for rounding: s / 1.01 for s.
+POLAR_EXPRESS: Coefficients = tuple(
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    )
+)
 
 # Elements of one batch: what a stack needs on top of its matrices is bounded, yet enough to fill a device.
 BATCH_ELEMENTS = 2**24
-# On a CPU, elements of a matrix above which a batch is no faster than its matrices one by one.
-SMALL_ELEMENTS = 2**16
+# The same for each thread of a CPU: small matrices share one call, and what they need stays in a core's cache.
+BATCH_ELEMENTS_OF_A_THREAD = 2**17
 
 
-def newton_schulz(matrices: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+def newton_schulz(
+    matrices: Tensor,
+    *,
+    coefficients: Coefficients = QUINTIC,
+    dtype: torch.dtype = torch.float32,
+    gram: bool = False,
+) -> Tensor:
     """Orthogonalises each matrix of a batch.
 
     The result does not depend on the scale of a matrix, down to the smallest and up to the largest normal number of
@@ -33,41 +57,41 @@ def newton_schulz(matrices: Tensor, *, steps: int = 5, dtype: torch.dtype = torc
 
     Args:
         matrices: [..., m, n], any floating dtype.
-        steps: iterations, at least 1.
+        coefficients: a, b, c of each step.
         dtype: in which the products are computed: float32 for exactness, bfloat16 for speed. On a GPU float32 is
-            exact only while ``torch.get_float32_matmul_precision()`` is "highest", which is torch's default.
+            exact only while ``torch.get_float32_matmul_precision()`` is "highest", which is torch's default. On a CPU
+            without bfloat16 products, bfloat16 gives the same numbers by way of float32, and no speed.
+        gram: iterate on X X^T where one side is at least three times the other: fewer multiplications, less
+            accurate for small singular values. Other matrices are computed as without it.
 
     Returns:
         [..., m, n] of ``dtype``, singular values near 1; new memory.
     """
-    a, b, c = QUINTIC
     x = _normalised(matrices).to(dtype)
     tall = x.shape[-2] > x.shape[-1]  # the products are cheaper with the shorter side in front
     x = x.mT if tall else x
-    if x.ndim == 2:
-        for _ in range(steps):
-            gram = x @ x.mT
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    else:
-        shape, x = x.shape, x.flatten(0, -3)
-        for _ in range(steps):
-            gram = torch.bmm(x, x.mT)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        x = x.view(shape)
+    shape = x.shape
+    x = x if x.ndim == 2 else x.flatten(0, -3)
+    rounded = dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_multiplies_bfloat16()
+    x = x.float() if rounded else x
+    iterate = _iterate_gram if gram and uses_gram(*shape[-2:]) else _iterate
+    x = iterate(x, coefficients, _through_bfloat16 if rounded else _as_it_is).to(dtype).view(shape)
     return x.mT if tall else x
 
 
-def orthogonalize_each(matrices: Sequence[Tensor], *, steps: int, dtype: torch.dtype) -> list[Tensor]:
-    """``newton_schulz`` of many matrices, in batches of equal shapes where that is faster.
+def orthogonalize_each(
+    matrices: Sequence[Tensor], *, coefficients: Coefficients, dtype: torch.dtype, gram: bool = False
+) -> list[Tensor]:
+    """``newton_schulz`` of many matrices, in batches of equal shapes.
 
-    On a CPU that is bfloat16 and small matrices (up to three times faster); float32 goes one by one there (batches
-    cost 10 to 25 %), so that no batch, and no cut over ranks, changes a bit of a matrix's result. On other devices
-    everything is batched.
+    Small matrices gain most: alone, each of their products is too short to pay for its call, let alone to be shared out
+    over threads. A matrix that fills a batch goes alone. On its batch a matrix's result depends by rounding only.
 
     Args:
         matrices: [m, n] each, of any shapes.
-        steps: iterations.
-        dtype: in which they are computed.
+        coefficients: of ``newton_schulz``.
+        dtype: of ``newton_schulz``.
+        gram: of ``newton_schulz``.
 
     Returns:
         As many, of ``dtype``, in the same order.
@@ -77,16 +101,84 @@ def orthogonalize_each(matrices: Sequence[Tensor], *, steps: int, dtype: torch.d
     for number, matrix in enumerate(matrices):
         alike.setdefault((matrix.device, matrix.shape), []).append(number)
     for (device, shape), numbers in alike.items():
-        alone = device.type == "cpu" and (dtype != torch.bfloat16 or shape.numel() > SMALL_ELEMENTS)
-        size = 1 if alone else max(1, BATCH_ELEMENTS // shape.numel())
+        on_cpu = device.type == "cpu"
+        elements = BATCH_ELEMENTS_OF_A_THREAD * torch.get_num_threads() if on_cpu else BATCH_ELEMENTS
+        size = max(1, elements // shape.numel())
         for batch in (numbers[i : i + size] for i in range(0, len(numbers), size)):
-            if len(batch) == 1:
-                orthogonal = [newton_schulz(matrices[batch[0]], steps=steps, dtype=dtype)]
-            else:
-                orthogonal = list(newton_schulz(torch.stack([matrices[n] for n in batch]), steps=steps, dtype=dtype))
-            for number, result in zip(batch, orthogonal, strict=True):
+            together = matrices[batch[0]] if len(batch) == 1 else torch.stack([matrices[n] for n in batch])
+            orthogonal = newton_schulz(together, coefficients=coefficients, dtype=dtype, gram=gram)
+            for number, result in zip(batch, [orthogonal] if len(batch) == 1 else orthogonal, strict=True):
                 results[number] = result
     return results
+
+
+def _iterate(x: Tensor, coefficients: Coefficients, round_: Callable[[Tensor], Tensor]) -> Tensor:
+    """The steps as they are written above.
+
+    Args:
+        x: [m, n] or [batch, m, n] with m <= n, Frobenius norms at most 1.
+        coefficients: a, b, c of each step.
+        round_: what is done to every product.
+    """
+    for a, b, c in coefficients:
+        gram = round_(x @ x.mT)
+        polynomial = round_(_multiply_add(gram, gram, gram, beta=b, alpha=c))
+        x = round_(_multiply_add(x, polynomial, x, beta=a))
+    return x
+
+
+def _iterate_gram(x: Tensor, coefficients: Coefficients, round_: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same polynomial on R = X X^T (Gram Newton-Schulz, https://tridao.me/blog/2026/gram-newton-schulz/).
+
+    With P = b R + c R^2 a step is X <- (a I + P) X, hence R <- (a I + P) R (a I + P): m x m products alone. The factors
+    are gathered in Q, and X <- Q X is multiplied out at a restart and at the end. Without a restart the rounding errors
+    of R, which are those of the largest singular value, swamp the squares of the small ones while Q grows: in bfloat16
+    the result explodes. The first restart comes after two steps, as there, the next ones after every three.
+
+    Args:
+        x: as for ``_iterate``.
+        coefficients: a, b, c of each step.
+        round_: what is done to every product.
+    """
+    for segment in gram_segments(len(coefficients)):
+        gram = round_(x @ x.mT)
+        factor = None
+        for step in segment:
+            a, b, c = coefficients[step]
+            polynomial = round_(_multiply_add(gram, gram, gram, beta=b, alpha=c))
+            if step != segment[-1]:
+                half = round_(_multiply_add(gram, gram, polynomial, beta=a))
+                gram = round_(_multiply_add(half, polynomial, half, beta=a))
+            if factor is None:
+                polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+                factor = round_(polynomial)
+            else:
+                factor = round_(_multiply_add(factor, factor, polynomial, beta=a))
+        assert factor is not None, "no segment is empty"
+        x = round_(factor @ x)
+    return x
+
+
+def _multiply_add(x: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+    """beta x + alpha left right, rounded once."""
+    multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    return multiply_add(x, left, right, beta=beta, alpha=alpha)
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether torch has bfloat16 products for this CPU; what it falls back to otherwise is over ten times slower."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # what torch's own compiler asks
+    return supported is not None and bool(supported())
+
+
+def _as_it_is(product: Tensor) -> Tensor:
+    return product
+
+
+def _through_bfloat16(product: Tensor) -> Tensor:
+    """Rounds a product of bfloat16 numbers that was computed in float32, in place: what a bfloat16 product gives."""
+    return product.copy_(product.bfloat16())
 
 
 def _normalised(matrices: Tensor) -> Tensor:

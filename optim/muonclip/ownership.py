@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+
+GRAM_RATIO = 3  # long side over short side from which Newton-Schulz in its Gram form pays: at 2 it does not
+FIRST_RESTART, RESTART_EVERY = 2, 3  # steps of the Gram form before its first restart, and between later ones
 
 
-def newton_schulz_cost(rows: int, columns: int, *, steps: int = 5) -> int:
-    """Multiply-adds of Newton-Schulz on one matrix: two products of the long kind and one of the short, a step."""
+def uses_gram(rows: int, columns: int) -> bool:
+    """Whether a matrix of this shape is computed in the Gram form if that is asked for."""
+    return max(rows, columns) >= GRAM_RATIO * min(rows, columns)
+
+
+def gram_segments(steps: int) -> list[range]:
+    """The steps between restarts of the Gram form."""
+    edges = [0, *range(min(FIRST_RESTART, steps), steps, RESTART_EVERY), steps]
+    return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def newton_schulz_cost(rows: int, columns: int, *, steps: int = 5, gram: bool = False) -> int:
+    """Multiply-adds of Newton-Schulz on one matrix.
+
+    Plain, a step is two products of the long kind and one of the short. In the Gram form, where it is used, a segment
+    between restarts is two of the long kind, and of the short kind four a step but three fewer in all (see
+    ``muonclip.orthogonalize``).
+    """
     short, long = sorted((rows, columns))
+    if gram and uses_gram(rows, columns):
+        segments = gram_segments(steps)
+        return 2 * len(segments) * short * short * long + (4 * steps - 3 * len(segments)) * short**3
     return steps * (2 * short * short * long + short**3)
 
 

@@ -8,14 +8,14 @@ every matrix is orthogonalised once in all. One process is the trivial layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.ownership import assign_owners, newton_schulz_cost
+from muonclip.ownership import assign_owners
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,23 @@ class _Matrix:
 class Exchange:
     """The plan of a layout: which matrices this rank owns, and what goes from whom to whom."""
 
-    def __init__(self, layout: FlatLayout) -> None:
+    def __init__(
+        self, layout: FlatLayout, *, cost: Callable[[int, int], float], split: Mapping[str, Sequence[int]]
+    ) -> None:
         """Computes the plan; every rank comes to the same one.
+
+        Args:
+            layout: who holds what.
+            cost: of the work on a matrix, from its rows and columns.
+            split: by name of a parameter, the rows of the matrices that lie one after the other in it.
 
         Raises:
             ValueError: a parameter is no matrix and no stack of matrices, or the ranks do not hold all of one.
         """
         self._layout = layout
-        self._matrices = _matrices(layout)
+        self._matrices = _matrices(layout, split)
         owners = assign_owners(
-            [newton_schulz_cost(m.rows, m.columns) for m in self._matrices],
+            [cost(m.rows, m.columns) for m in self._matrices],
             [sorted({part.rank for part in m.parts}) for m in self._matrices],
             ranks=len(layout.pieces_by_rank),
         )
@@ -161,9 +168,9 @@ class _Buffer:
         return self._values[self._position - length : self._position]
 
 
-def _matrices(layout: FlatLayout) -> list[_Matrix]:
+def _matrices(layout: FlatLayout, split: Mapping[str, Sequence[int]]) -> list[_Matrix]:
     """All matrices of a layout with their parts, in an order that every rank finds."""
-    found: dict[tuple[str, int], _Matrix] = {}
+    found: dict[tuple[str, int, int], _Matrix] = {}
     for rank, pieces in enumerate(layout.pieces_by_rank):
         for piece in pieces:
             if len(piece.shape) not in (2, 3):
@@ -174,12 +181,18 @@ def _matrices(layout: FlatLayout) -> list[_Matrix]:
             rows, columns = piece.shape[-2:]
             size = rows * columns
             for index in range(piece.start // size, -(-piece.stop // size)):
-                start, stop = max(piece.start, index * size), min(piece.stop, (index + 1) * size)
-                part = _Part(rank, start - index * size, stop - index * size, piece.offset + start - piece.start)
-                found.setdefault((piece.name, index), _Matrix(rows, columns)).parts.append(part)
-    for (name, index), matrix in found.items():
+                end = index * size
+                for number, block in enumerate(split.get(piece.name, (rows,))):
+                    begin, end = end, end + block * columns
+                    start, stop = max(piece.start, begin), min(piece.stop, end)
+                    if start < stop:
+                        part = _Part(rank, start - begin, stop - begin, piece.offset + start - piece.start)
+                        key = (piece.name, index, number)
+                        found.setdefault(key, _Matrix(block, columns)).parts.append(part)
+    for (name, index, number), matrix in found.items():
         matrix.parts.sort(key=lambda part: part.start)
         edges = [0, *(part.stop for part in matrix.parts)]
         if edges[:-1] != [part.start for part in matrix.parts] or edges[-1] != matrix.rows * matrix.columns:
-            raise ValueError(f"the pieces of matrix {index} of {name} do not cover it once: {edges}")
+            where = f"{name} (block {number} of its rows)" if name in split else name
+            raise ValueError(f"the pieces of matrix {index} of {where} do not cover it once: {edges}")
     return [found[key] for key in sorted(found)]

@@ -29,17 +29,21 @@ def momentum_directions(
 
     Args:
         grads: any floating dtype.
-        momenta: of the same shapes; changed.
+        momenta: of the same shapes; changed. What is narrower than float32 is computed in float32 and rounded once;
+            the direction is not rounded.
         momentum: mu.
         nesterov: whether the direction looks one step ahead.
 
     Returns:
-        New tensors of the momenta's dtype; without Nesterov the momenta themselves.
+        New tensors of the momenta's dtype, at least float32; without Nesterov the momenta themselves, if they are that.
     """
-    same = [grad.to(m.dtype) for grad, m in zip(grads, momenta, strict=True)]
-    averages = list(momenta)
+    averages = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in momenta]
+    same = [grad.to(m.dtype) for grad, m in zip(grads, averages, strict=True)]
     torch._foreach_mul_(averages, momentum)
     torch._foreach_add_(averages, same)
+    for kept, average in zip(momenta, averages, strict=True):
+        if kept is not average:
+            kept.copy_(average)
     return list(torch._foreach_add(same, averages, alpha=momentum)) if nesterov else averages
 
 

@@ -1,11 +1,14 @@
 """MuonClip in a plain loop: against torch's own optimizers and plain formulas, its state, and what it refuses."""
 
+import copy
 import io
 import math
 
 import pytest
 import torch
-from muonclip import MuonClip, newton_schulz
+from muonclip import POLAR_EXPRESS, QUINTIC, MuonClip, newton_schulz
+
+BF16 = torch.bfloat16
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
@@ -25,7 +28,7 @@ def muon(*named: tuple[str, torch.Tensor], **settings) -> MuonClip:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_equals_torch_muon_within_the_rounding_of_bfloat16(nesterov):
-    shapes = [(24, 40), (40, 24), (32, 32), (24, 40)]
+    shapes = [(24, 40), (40, 24), (32, 32), (24, 40), (1, 9), (9, 1), (5, 60), (64, 8), (3, 3)]
     own = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]
     theirs = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]
     start = [p.detach().clone() for p in own]
@@ -57,6 +60,52 @@ def test_equals_the_formulas_in_float64(nesterov):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         weight = weight - 0.02 * (0.2 * math.sqrt(20) * (u * s @ v) + 0.1 * weight)
     assert (p.double() - weight).abs().max() <= 1e-6
+
+
+SPLITS = {
+    "fused projections": ((14, 12), (6, 4, 4)),
+    "blocks of each head": ((15, 8), (3, 2) * 3),
+    "each of a stack": ((2, 10, 6), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_split_parameter_is_its_blocks_as_parameters_of_their_own(name):
+    shape, rows = SPLITS[name]
+    whole, unsplit = parameter(*shape), parameter(*shape)
+    blocks = [
+        torch.nn.Parameter(block.clone()) for m in whole.detach().reshape(-1, *shape[-2:]) for block in m.split(rows)
+    ]
+    together = muon(("fused", whole), split={"fused": rows})
+    apart, alone = muon(*((str(i), p) for i, p in enumerate(blocks))), muon(("fused", unsplit))
+    for step in range(3):
+        give_gradients(step, whole, unsplit)
+        pieces = [block for m in whole.grad.reshape(-1, *shape[-2:]) for block in m.split(rows)]
+        for p, grad in zip(blocks, pieces, strict=True):
+            p.grad = grad.clone()
+        for optimizer in (together, apart, alone):
+            optimizer.step()
+    assert (whole.reshape(-1, shape[-1]) - torch.cat(blocks)).abs().max() <= 1e-6
+    assert (whole - unsplit).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ({"p": (3, 4)}, r"split cuts p into \[3, 4\] rows, but it has 8"),
+        ({"p": (8, 0)}, "positive numbers"),
+        ({"p": ()}, "positive numbers"),
+        ({"q": (8,)}, "split names q, which is no parameter"),
+        ({"v": (4, 4)}, "split names v, whose algorithm is adamw"),
+    ],
+)
+def test_a_split_that_cannot_be_is_named(split, message):
+    groups = [
+        {"params": [("p", parameter(8, 6))], "algorithm": "muon"},
+        {"params": [("v", parameter(8, 6))], "algorithm": "adamw"},
+    ]
+    with pytest.raises(ValueError, match=message):
+        MuonClip(groups, lr=0.1, split=split)
 
 
 def test_a_stack_of_experts_is_that_many_matrices():
@@ -116,13 +165,13 @@ def test_adamw_equals_torch():
         torch.testing.assert_close(p, q, atol=1e-7, rtol=1e-6)
 
 
-def mixed(dtype: torch.dtype = torch.float32) -> tuple[list[torch.nn.Parameter], MuonClip]:
+def mixed(dtype: torch.dtype = torch.float32, **settings) -> tuple[list[torch.nn.Parameter], MuonClip]:
     matrix, stack, vector = (parameter(*shape, dtype=dtype) for shape in ((6, 4), (2, 4, 6), (5,)))
     groups = [
         {"params": [("matrix", matrix), ("stack", stack)], "algorithm": "muon", "role": "mlp", "peak_lr": 3.0},
         {"params": [("vector", vector)], "algorithm": "adamw"},
     ]
-    return [matrix, stack, vector], MuonClip(groups, lr=0.1)
+    return [matrix, stack, vector], MuonClip(groups, lr=0.1, **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,17 +191,19 @@ def test_state_is_there_from_the_start_and_in_float32(dtype):
     assert optimizer.param_groups[0]["peak_lr"] == 3.0
 
 
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit(dtype):
-    params, optimizer = mixed(dtype)
+def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit(dtype, momentum_dtype):
+    params, optimizer = mixed(dtype, momentum_dtype=momentum_dtype)
     for step in range(2):
         give_gradients(step, *params)
         optimizer.step()
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    others, second = mixed(dtype)
+    others, second = mixed(dtype, momentum_dtype=momentum_dtype)
     second.load_state_dict(torch.load(file, weights_only=True))
+    assert second.state[others[0]]["momentum"].dtype == momentum_dtype
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
     for step in range(2, 4):
@@ -243,7 +294,17 @@ def test_a_group_added_later_is_checked_and_trained_as_the_others():
         ({"params": [("p", parameter(2, 2))], "lr": -1.0}, "lr=-1.0 in the group of p"),
         ({"params": [("p", parameter(2, 2))], "lr": math.nan}, "lr=nan in the group of p"),
         ({"params": [("p", parameter(2, 2))], "betas": (0.9, 1.0)}, r"betas\[1\]=1.0"),
-        ({"params": [("p", parameter(2, 2))], "newton_schulz_steps": 0}, "newton_schulz_steps=0"),
+        (
+            {"params": [("p", parameter(2, 2))], "newton_schulz_coefficients": ()},
+            r"newton_schulz_coefficients=\(\) in the group of p must be three numbers",
+        ),
+        ({"params": [("p", parameter(2, 2))], "newton_schulz_coefficients": ((1.0, 2.0),)}, "three numbers"),
+        ({"params": [("p", parameter(2, 2))], "newton_schulz_coefficients": ((1.0, 2.0, math.nan),)}, "three numbers"),
+        (
+            {"params": [("p", parameter(2, 2))], "newton_schulz_dtype": torch.float16},
+            r"newton_schulz_dtype=torch\.float16",
+        ),
+        ({"params": [("p", parameter(2, 2))], "momentum_dtype": torch.float16}, r"momentum_dtype=torch\.float16"),
     ],
 )
 def test_what_cannot_be_optimised_is_named(group, message):
@@ -262,6 +323,120 @@ def test_a_sparse_gradient_is_named():
     p.grad = torch.zeros(4, 3).to_sparse()
     with pytest.raises(ValueError, match="gradient of embed is sparse"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32), (8, 64)])
+def test_one_step_equals_torch_muon_within_the_rounding_of_bfloat16(shape, nesterov):
+    own, theirs = parameter(*shape), parameter(*shape)
+    settings = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95, "nesterov": nesterov}
+    optimizer = muon(("p", own), newton_schulz_dtype=torch.bfloat16, **settings)
+    reference = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
+    before = own.detach().clone()
+    give_gradients(0, own)
+    theirs.grad = own.grad.clone()
+    optimizer.step()
+    reference.step()
+    assert (own - theirs).norm() <= 2**-6 * (own - before).norm()
+
+
+def test_torch_muon_shrinks_what_has_a_tiny_norm_and_this_does_not():
+    own, theirs = torch.nn.Parameter(torch.zeros(8, 12)), torch.nn.Parameter(torch.zeros(8, 12))
+    give_gradients(0, own)
+    own.grad *= 1e-10
+    theirs.grad = own.grad.clone()
+    muon(("p", own)).step()
+    torch.optim.Muon([theirs], lr=0.01, adjust_lr_fn="match_rms_adamw").step()
+    rms = [p.square().mean().sqrt().item() / 0.01 for p in (own, theirs)]
+    assert 0.15 < rms[0] < 0.25
+    assert rms[1] < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_bfloat16_momentum_takes_half_the_memory_and_changes_little(dtype):
+    high, low = parameter(16, 24, dtype=dtype), parameter(16, 24, dtype=dtype)
+    start = high.detach().clone()
+    exact, rounded = muon(("p", high)), muon(("p", low), momentum_dtype=torch.bfloat16)
+    assert rounded.state[low]["momentum"].dtype == torch.bfloat16
+    for step in range(5):
+        give_gradients(step, high, low)
+        low.grad = high.grad.clone()
+        exact.step()
+        rounded.step()
+    assert not torch.equal(high, low)
+    assert (high - low).norm() <= 0.02 * (high - start).norm()
+
+
+def test_the_settings_of_a_group_reach_newton_schulz(monkeypatch):
+    seen = []
+
+    def recording(matrices, **settings):
+        seen.append((tuple(matrices.shape), settings))
+        return newton_schulz(matrices, **settings)
+
+    monkeypatch.setattr("muonclip.orthogonalize.newton_schulz", recording)
+    own, general = parameter(8, 32), parameter(6, 4)
+    special = {"newton_schulz_coefficients": POLAR_EXPRESS, "newton_schulz_gram": True, "newton_schulz_dtype": BF16}
+    groups = [{"params": [("own", own)], **special}, {"params": [("general", general)]}]
+    optimizer = MuonClip([{**group, "algorithm": "muon"} for group in groups], lr=0.1)
+    give_gradients(0, own, general)
+    optimizer.step()
+    assert seen == [
+        ((8, 32), {"coefficients": POLAR_EXPRESS, "dtype": BF16, "gram": True}),
+        ((6, 4), {"coefficients": QUINTIC, "dtype": torch.float32, "gram": False}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.1, total_steps=4, cycle_momentum=False
+        ),
+    ],
+)
+def test_schedulers_of_torch_set_the_learning_rate(make):
+    params, optimizer = mixed()
+    scheduler = make(optimizer)
+    for step in range(3):
+        before = [p.detach().clone() for p in params]
+        rate = optimizer.param_groups[0]["lr"]
+        give_gradients(step, *params)
+        optimizer.step()
+        # The root mean square of an orthogonal update; decay adds little.
+        update = (params[0] - before[0] * (1 - 0.1 * rate)).square().mean().sqrt().item()
+        assert 0.1 * rate < update < 0.3 * rate
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] != rate
+
+
+def test_a_thousand_small_matrices_equal_each_one_alone():
+    many = [parameter(6, 4 + i % 3, seed=i) for i in range(1000)]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in many[::200]]
+    optimizer = muon(*((str(i), p) for i, p in enumerate(many)))
+    singles = [muon(("p", p)) for p in alone]
+    for step in range(2):
+        give_gradients(step, *many)
+        for p, q in zip(alone, many[::200], strict=True):
+            p.grad = q.grad.clone()
+        for one in (optimizer, *singles):
+            one.step()
+    for p, q in zip(alone, many[::200], strict=True):
+        assert (p - q).abs().max() <= 1e-6
+
+
+def test_a_copied_state_dict_is_independent_and_loads():
+    params, optimizer = mixed()
+    give_gradients(0, *params)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    momentum = saved["state"][0]["momentum"].clone()
+    optimizer.step()
+    assert torch.equal(saved["state"][0]["momentum"], momentum)
+    others, second = mixed()
+    second.load_state_dict(saved)
+    assert torch.equal(second.state[others[0]]["momentum"], momentum)
 
 
 def test_closures_are_refused():

@@ -14,6 +14,7 @@ from muonclip import FlatLayout, MuonClip, Piece, QKClip, newton_schulz
 MATRICES = {"a": (6, 10), "b": (7, 3), "experts": (3, 4, 6), "q": (8, 6)}  # 60, 21, 72 and 48 elements
 REST = {"embedding": (11, 5), "q_bias": (8,)}
 COUNT = 6  # matrices, each expert one
+SPLIT = {"a": (2, 4), "experts": (1, 3), "q": (4, 4)}  # rows; a cut between two ranks falls into an expert's second
 
 # Where each rank's shard begins and ends; what goes past 201 and 63 elements is padding.
 CUTS = {
@@ -153,8 +154,8 @@ def of_three(rank: int, store: str) -> None:
     if rank != 1:
         clip_alone = dataclasses.replace(layout(MATRICES, (0, 100, 201), rank // 2), group=pair)
         assert dist.get_rank(pair) == clip_alone.rank
-        expected = run_plain_on(pair)
-        check_equal(expected, run_pair(clip_alone))
+        for settings in ({}, {"split": SPLIT, "newton_schulz_gram": True}):
+            check_equal(run_plain_on(pair, **settings), run_pair(clip_alone, **settings))
     # A NaN on one rank is the same news to all.
     _, attention, optimizer = build()
     attention.max_logits = torch.tensor([math.nan if rank == 1 else 0.0, 3.0 * rank])
@@ -164,21 +165,21 @@ def of_three(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def only_muon() -> tuple[dict[str, torch.nn.Parameter], MuonClip]:
+def only_muon(**settings) -> tuple[dict[str, torch.nn.Parameter], MuonClip]:
     params, _, _ = build()
-    return params, MuonClip([{"params": [(n, params[n]) for n in MATRICES], "algorithm": "muon"}], lr=0.02)
+    return params, MuonClip([{"params": [(n, params[n]) for n in MATRICES], "algorithm": "muon"}], lr=0.02, **settings)
 
 
-def run_plain_on(group) -> dict[str, torch.Tensor]:
-    params, optimizer = only_muon()
+def run_plain_on(group, **settings) -> dict[str, torch.Tensor]:
+    params, optimizer = only_muon(**settings)
     for name, grad in gradients(0).items():
         params[name].grad = grad
     optimizer.step()
     return params
 
 
-def run_pair(its_layout: FlatLayout) -> list:
-    params, optimizer = only_muon()
+def run_pair(its_layout: FlatLayout, **settings) -> list:
+    params, optimizer = only_muon(**settings)
     low, high = ((0, 100), (100, 201))[its_layout.rank]
     flat = cut(MATRICES, params, low, high)
     optimizer.param_groups[0]["params"] = [flat]
@@ -190,6 +191,34 @@ def run_pair(its_layout: FlatLayout) -> list:
 
 def test_three_processes_give_the_weights_of_one(tmp_path):
     mp.spawn(of_three, args=(str(tmp_path / "store"),), nprocs=3)
+
+
+def test_each_block_of_a_split_parameter_is_orthogonalised_once(monkeypatch):
+    calls: list[tuple[int, ...]] = []
+
+    def count(matrices, **settings):
+        calls.extend([tuple(matrices.shape[-2:])] * matrices.shape[:-2].numel())
+        return newton_schulz(matrices, **settings)
+
+    params, plain = only_muon(split=SPLIT)
+    for name, grad in gradients(0).items():
+        params[name].grad = grad
+    plain.step()
+    monkeypatch.setattr("muonclip.orthogonalize.newton_schulz", count)
+    others, optimizer = only_muon(split=SPLIT)
+    flat = cut(MATRICES, others, 0, 201)
+    flat.grad = cut(MATRICES, gradients(0), 0, 201)
+    optimizer.param_groups[0]["params"] = [flat]
+    whole = layout(MATRICES, (0, 201), 0)
+    optimizer.shard({flat: whole})
+    optimizer.step()
+    check_equal(params, [(flat, whole)])
+    held = list(whole.pieces_by_rank[0])
+    held[0] = dataclasses.replace(held[0], stop=59)
+    with pytest.raises(ValueError, match=r"matrix 0 of a \(block 1 of its rows\) do not cover it once"):
+        optimizer.shard({flat: dataclasses.replace(whole, pieces_by_rank=(tuple(held),))})
+    blocks = [(2, 10), (4, 10), (7, 3), (4, 6), (4, 6), *[(1, 6), (3, 6)] * 3]
+    assert sorted(calls) == sorted(blocks)
 
 
 @pytest.mark.parametrize("grouped", [True, False])

@@ -20,6 +20,19 @@ def test_momentum_is_the_decayed_sum_of_gradients(nesterov):
         assert torch.equal(grad, kept)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_bfloat16_momentum_is_computed_in_float32_and_rounded_once(nesterov):
+    torch.manual_seed(0)
+    buffer, kept = torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(3, 4, dtype=torch.bfloat16)
+    for _ in range(3):
+        grad = torch.randn(3, 4)
+        (direction,) = momentum_directions([grad], [buffer], momentum=0.9, nesterov=nesterov)
+        average = 0.9 * kept.float() + grad
+        torch.testing.assert_close(direction, grad + 0.9 * average if nesterov else average)
+        kept = average.bfloat16()
+        assert torch.equal(buffer, kept)
+
+
 def test_the_scale_gives_an_orthogonal_update_the_rms_of_adamw():
     orthogonal = torch.linalg.qr(torch.randn(64, 16))[0]
     update = orthogonal * muon_scale(64, 16)
