@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from muonclip.orthogonalize import orthogonalize_each
 from muonclip.qk_clip import QKClip, scale_rows_
-from muonclip.sharded import Exchange, FlatLayout
+from muonclip.sharded import Exchange, FlatLayout, Piece
 from muonclip.update import adamw_, apply_updates_, momentum_directions, muon_scale
 
 ALGORITHMS = ("muon", "adamw")
@@ -63,6 +64,8 @@ class MuonClip(torch.optim.Optimizer):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._layouts: dict[Tensor, FlatLayout] = {}
         self._exchanges: dict[Tensor, Exchange] = {}
+        # How often each matrix (parameter, number in it) was orthogonalised on this rank, while it is a Counter.
+        self.orthogonalized: Counter[tuple[str, int]] | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -131,6 +134,17 @@ class MuonClip(torch.optim.Optimizer):
             if parameter.requires_grad and parameter.numel() and name not in held:
                 raise ValueError(f"{name} is in no layout: it would never be trained")
 
+    def layout_of(self, tensor: Tensor) -> FlatLayout:
+        """Which parameters, or parts of them, a tensor of ``param_groups`` holds."""
+        if tensor in self._layouts:
+            return self._layouts[tensor]
+        name = self._names[id(tensor)]
+        return FlatLayout(((Piece(name, self._shapes[name], 0, tensor.numel(), 0),),), 0, None)
+
+    def clip_scales(self, name: str) -> Tensor | None:
+        """[rows] factors by which the last step clipped a parameter; None for one that is never clipped."""
+        return self._scales_of(self._parameters[name])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient, then QK-Clip.
@@ -149,6 +163,8 @@ class MuonClip(torch.optim.Optimizer):
             if sum(len(group["params"]) for group in self.param_groups) < len(self._layouts):
                 raise ValueError("step() for some of the groups: call qk_clip.gather() before the first of them")
             clip.gather()
+        if clip is not None:
+            clip.apply()
         for group in self.param_groups:
             if self._layouts:
                 for flat in group["params"]:
@@ -187,7 +203,7 @@ class MuonClip(torch.optim.Optimizer):
             )
             apply_updates_(
                 _matrices(params),
-                muon_updates(_matrices(directions), group),
+                self._muon_updates(_matrices(directions), self._matrices_of(params), group),
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
             )
@@ -205,7 +221,8 @@ class MuonClip(torch.optim.Optimizer):
             (direction,) = momentum_directions(
                 [grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
             )
-            update = self._exchanges[flat].apply(direction, lambda matrices: muon_updates(matrices, group))
+            exchange = self._exchanges[flat]
+            update = exchange.apply(direction, lambda matrices: self._muon_updates(matrices, exchange.owned, group))
             apply_updates_([flat], [update], lr=group["lr"], weight_decay=group["weight_decay"])
         else:
             _adamw([flat], [grad], [state], group)
@@ -213,6 +230,17 @@ class MuonClip(torch.optim.Optimizer):
             if (scales := self._scales_of(self._parameters[piece.name])) is not None:
                 interval = flat[piece.offset : piece.offset + piece.stop - piece.start]
                 scale_rows_(interval, scales, start=piece.start, columns=math.prod(piece.shape[1:]))
+
+    def _muon_updates(
+        self, directions: Sequence[Tensor], matrices: Sequence[tuple[str, int]], group: Mapping[str, Any]
+    ) -> list[Tensor]:
+        updates = muon_updates(directions, group)
+        if self.orthogonalized is not None:
+            self.orthogonalized.update(matrix for matrix, _ in zip(matrices, updates, strict=True))
+        return updates
+
+    def _matrices_of(self, params: Sequence[Tensor]) -> list[tuple[str, int]]:
+        return [(self._names[id(p)], index) for p in params for index in range(len(p) if p.ndim == 3 else 1)]
 
     def _scales_of(self, parameter: Tensor) -> Tensor | None:
         return None if self.qk_clip is None else self.qk_clip.scales_of(parameter)

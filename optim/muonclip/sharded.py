@@ -48,6 +48,8 @@ class _Part:
 
 @dataclass
 class _Matrix:
+    name: str  # of the parameter
+    index: int  # in its stack
     rows: int
     columns: int
     parts: list[_Part] = field(default_factory=list)
@@ -74,6 +76,11 @@ class Exchange:
             matrix.owner = owner
         # Every rank enters the collective, even with nothing to send, if any matrix of the group moves.
         self._moves = any(len({part.rank for part in m.parts}) > 1 for m in self._matrices)
+
+    @property
+    def owned(self) -> list[tuple[str, int]]:
+        """The matrices that this rank orthogonalises, in the order of ``apply``: parameter, and number in it."""
+        return [(m.name, m.index) for m in self._matrices if m.owner == self._layout.rank]
 
     def apply(self, values: Tensor, function: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
         """Applies a function of whole matrices to a shard; called by all ranks of the group together.
@@ -176,7 +183,7 @@ def _matrices(layout: FlatLayout) -> list[_Matrix]:
             for index in range(piece.start // size, -(-piece.stop // size)):
                 start, stop = max(piece.start, index * size), min(piece.stop, (index + 1) * size)
                 part = _Part(rank, start - index * size, stop - index * size, piece.offset + start - piece.start)
-                found.setdefault((piece.name, index), _Matrix(rows, columns)).parts.append(part)
+                found.setdefault((piece.name, index), _Matrix(piece.name, index, rows, columns)).parts.append(part)
     for (name, index), matrix in found.items():
         matrix.parts.sort(key=lambda part: part.start)
         edges = [0, *(part.stop for part in matrix.parts)]

@@ -36,7 +36,7 @@ class Attention:
     def reset_max_logits(self) -> None:
         self.max_logits = torch.full((2,), -math.inf)
 
-    def row_scales(self, gamma_H):
+    def row_scales(self, gamma_H, *, alpha):
         rows = gamma_H.repeat_interleave(4)
         yield from ((self.weight, rows), (self.bias, rows))
 
