@@ -25,8 +25,8 @@ from muonclip.qk_clip import scale_rows_
 from muonclip.sharded import Exchange, Piece
 
 UPDATE_RMS = 0.2  # Moonlight (arXiv 2502.16982), section 2.2: what the scale makes of an orthogonal matrix
-# Of a singular value of the orthogonalised matrix, in float32. In bfloat16 rounding turns zeros into singular values that
-# are not small (each of the first steps multiplies them by 3.4), so that only the largest one and the RMS are held.
+# Of a singular value of the orthogonalised matrix, in float32. In bfloat16 rounding turns zeros into singular values
+# that are not small (each of the first steps multiplies them by 3.4): only the largest one and the RMS are held.
 TOLERANCE = 0.01
 LARGEST_BFLOAT16 = 1.3
 RMS_SLACK_BFLOAT16 = 0.1
@@ -134,26 +134,27 @@ class StepAudit:
         self._optimizer = optimizer
         self.matrices: list[MatrixUpdate] = []  # those that this rank orthogonalised
         self.elements: list[ElementUpdate] = []
+        self._before: dict[Tensor, Tensor] = {}
+        self._counts: Counter[tuple[str, int]] = Counter()
 
     def __enter__(self) -> StepAudit:
         self._before = {
             tensor: tensor.detach().clone() for group in self._optimizer.param_groups for tensor in group["params"]
         }
-        self._optimizer.orthogonalized = Counter()
+        self._counts = self._optimizer.orthogonalized = Counter()
         return self
 
     @torch.no_grad()
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        counts, self._optimizer.orthogonalized = self._optimizer.orthogonalized, None
-        assert counts is not None
+        self._optimizer.orthogonalized = None
         if kind is not None:
             return
         for group in self._optimizer.param_groups:
             for tensor in group["params"]:
                 if group["algorithm"] == "muon":
-                    self._measure_matrices(tensor, group, counts)
+                    self._measure_matrices(tensor, group)
                 else:
                     self._measure_elements(tensor, group)
         self._before.clear()
@@ -173,7 +174,7 @@ class StepAudit:
         layout = self._optimizer.layout_of(tensor)
         return layout.pieces_by_rank[layout.rank]
 
-    def _measure_matrices(self, tensor: Tensor, group: Mapping[str, Any], counts: Counter[tuple[str, int]]) -> None:
+    def _measure_matrices(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
         update, momentum = self._update(tensor, group), self._optimizer.state[tensor]["momentum"].double()
         weight = self._before[tensor].double()
         exact = torch.bfloat16 not in (group["newton_schulz_dtype"], self._optimizer.state[tensor]["momentum"].dtype)
@@ -188,7 +189,7 @@ class StepAudit:
                 MatrixUpdate(
                     name,
                     number,
-                    orthogonalized=counts[name, number],
+                    orthogonalized=self._counts[name, number],
                     singular=(float(singular[-1]), float(singular[0])),
                     expected=(float(expected[-1]), float(expected[0])),
                     error=float((singular - expected).abs().max()),
