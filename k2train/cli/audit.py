@@ -92,7 +92,9 @@ def show(trainer: Trainer, rows: list[Row], console: Console) -> None:
     console.print(
         f"QK-Clip: {acts}; largest logit {float(clip.max_logits.max()):.3g}; {clipped} of {heads} heads clipped"
     )
-    matrices, wrong = sum(row.matrices for row in rows), [row.rule.name for row in rows if row.fault]
+    matrices, wrong = sum(row.matrices for row in rows), [row for row in rows if row.fault]
+    for row in wrong:
+        console.print(f"{row.rule.name}: {row.fault}", markup=False)
     if wrong:
         console.print(f"[bold red]{len(wrong)} of {len(rows)} parameters were not updated as they should be[/]")
     else:
@@ -123,7 +125,7 @@ def _step_table(rows: Iterable[Row]) -> Table:
             _text(row.expected_singular, 2),
             _text(row.rms, 3),
             _text(row.expected_rms, 3),
-            f"[bold red]{escape(row.fault)}[/]" if row.fault else "ok",
+            "[bold red]wrong[/]" if row.fault else "ok",
         )
     return table
 

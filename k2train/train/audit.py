@@ -89,21 +89,18 @@ def not_once(counts: Counter[tuple[str, int]], optimizer: MuonClip, model: Trans
         return [] if not counts else [f"{_some(sorted({n for n, _ in counts}))} orthogonalised, but Muon is off"]
     roles = model.parameter_roles()
     expected = {n: len(p) if p.ndim == 3 else 1 for n, p in model.named_parameters() if roles[n] in MUON_ROLES}
-    found: dict[str, torch.Tensor] = {}
+    labels, mine = [], []  # of all matrices, and how often this rank orthogonalised each
     for name, here in expected.items():
         total, first = (here * experts.size, here * experts.rank) if roles[name] == "expert" else (here, 0)
-        found[name] = torch.zeros(total, dtype=torch.int32)
-        for number in range(here):
-            found[name][first + number] = counts[name, number]
-    device = next(model.parameters()).device
-    packed = torch.cat(list(found.values())).to(device)
-    dist.all_reduce(packed)
+        labels += [f"{name}[{number}]" if total > 1 else name for number in range(total)]
+        mine += [counts[name, number - first] for number in range(total)]
+    everywhere = torch.tensor(mine, dtype=torch.int32, device=next(model.parameters()).device)
+    dist.all_reduce(everywhere)
     wrong: dict[int, list[str]] = {}
-    for name, times in zip(found, packed.cpu().split([len(v) for v in found.values()]), strict=True):
-        for number in (times != 1).nonzero().flatten().tolist():
-            label = f"{name}[{number}]" if len(times) > 1 else name
-            wrong.setdefault(int(times[number]), []).append(label)
-    sentences = [f"{_some(labels)} orthogonalised {times} times, not once" for times, labels in sorted(wrong.items())]
+    for label, times in zip(labels, everywhere.tolist(), strict=True):
+        if times != 1:
+            wrong.setdefault(times, []).append(label)
+    sentences = [f"{_some(found)} orthogonalised {times} times, not once" for times, found in sorted(wrong.items())]
     if strangers := sorted({name for name, _ in counts} - expected.keys()):
         sentences.append(f"{_some(strangers)} orthogonalised, whose role is none of {', '.join(MUON_ROLES)}")
     return sentences
