@@ -1,7 +1,7 @@
 # From a fresh clone: `make train` pretrains a small model, `make test` tests the project. Each sets up .venv by itself.
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full lint clean
+.PHONY: help train test test-full test-gpu lint clean
 
 ARGS ?=#       overrides of `make train`, as in ARGS="name=second optim=adamw"
 TESTS ?= tests#  what `make test` runs
@@ -17,6 +17,7 @@ help:
 	@echo "make train [ARGS='key=value ...']  pretrain a small model on Python's standard library; ARGS as for k2train train"
 	@echo "make test [TESTS=tests/model]      the quick tests"
 	@echo "make test-full                     all tests, the slow ones too"
+	@echo "make test-gpu                      the tests that need a CUDA device"
 	@echo "make lint                          style and types"
 	@echo "make clean                         remove .venv and caches; runs/ stays"
 
@@ -29,6 +30,9 @@ test: .venv/installed-dev
 
 test-full: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
+
+test-gpu: .venv/installed-dev
+	@$(BIN)/python -m pytest -q -m gpu $(TESTS)
 
 lint: .venv/installed-dev
 	@$(BIN)/ruff check .

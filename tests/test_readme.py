@@ -15,11 +15,12 @@ COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines() if line
 ]
 SMALL = {
-    "train": (
-        "schedule.steps=2 schedule.warmup_steps=1 train.sequence_length=32 train.global_batch_size=4 "
-        "train.micro_batch_size=2 train.threads=1 validate.tokens=256 generate.max_tokens=4 track=off "
-        "data.tokenizer.vocab_size=512 model.num_hidden_layers=2 model.n_routed_experts=4 model.hidden_size=32"
-    ).split(),
+    "train": [
+        *("schedule.steps=2", "schedule.warmup_steps=1", "validate.tokens=256", "generate.max_tokens=4", "track=off"),
+        *("train.sequence_length=32", "train.global_batch_size=4", "train.micro_batch_size=2", "train.threads=1"),
+        *("model.num_hidden_layers=2", "model.n_routed_experts=4", "model.hidden_size=32"),
+        "data.tokenizer.vocab_size=512",
+    ],
     "generate": ["generate.max_tokens=4"],
 }
 # Some text of its own, and a part of the standard library: a corpus of a second.

@@ -19,8 +19,8 @@ from k2train.cli.help import INSTALL, command_help, general_help
 from k2train.config import ConfigError, parse
 from k2train.paths import explain_oserror
 
-# Threads of torch that wait for each other look at the clock this often before they sleep. libgomp's own number makes a
-# run on a machine that is busy with something else 10 to 20 times slower, as each wait then lasts a time slice; 500 cost
+# Threads of torch that wait for each other look this often before they sleep. libgomp's own number makes a run on a
+# machine that is busy with something else 10 to 20 times slower, as each wait then lasts a time slice; 500 cost
 # nothing on an idle one, 0 twice the time.
 SPINS = "500"
 

@@ -74,6 +74,31 @@ TRAIN = Command(
     ),
 )
 
+AUDIT = Command(
+    name="audit",
+    summary="show how each parameter is updated, and prove it by one step",
+    explanation=(
+        "Takes the first step of the run at its peak learning rate, on its data and under DeepSpeed, measures what\n"
+        "it did to the weights, and throws it away. Shows of each parameter its role, its shape as the optimizer sees\n"
+        "it, its rule, singular values and RMS of its update against theory, and a verdict. The exit status is 0 if\n"
+        "all are right, else 1. It takes the same overrides as train, and several processes in the same way.\n"
+        "\n"
+        "The cheap part, that each matrix is orthogonalised exactly once, is checked at the start of every run."
+    ),
+    primary="train",
+    groups=RUN_GROUPS,
+    schema=RunConfig,
+    module="k2train.cli.audit",
+    common=(
+        ("experiment=tiny", "a small model in seconds"),
+        ("model=base", "another size of model"),
+        ("optim=adamw", "another optimizer"),
+        ("optim.nesterov=false", "any setting of the optimizer"),
+        ("parallel.zero_stage=2", "gradients shared out too"),
+        ("train.global_batch_size=16", "sequences in the step, over all processes"),
+    ),
+)
+
 GENERATE = Command(
     name="generate",
     summary="write text with a model that was trained",
@@ -92,4 +117,4 @@ GENERATE = Command(
     ),
 )
 
-COMMANDS = {command.name: command for command in (PREPARE, TRAIN, GENERATE)}
+COMMANDS = {command.name: command for command in (PREPARE, TRAIN, AUDIT, GENERATE)}

@@ -78,7 +78,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
     from k2train.comm import close_world, open_world
 
     # Rank 0 alone, while the others wait for it to open the world; then they find the data prepared.
-    manifest = _prepare(config, streams) if first else None
+    manifest = prepare_data(config, streams) if first else None
     from k2train.train.terminal import Terminal
     from k2train.train.track import Tracker
     from k2train.train.trainer import Trainer
@@ -92,7 +92,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
         stream=streams.out,
         enabled=world.main,
     )
-    manifest = manifest or _prepare(config, None)
+    manifest = manifest or prepare_data(config, None)
     trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say)
     with contextlib.ExitStack() as stack:
         listeners: list[Terminal | Tracker] = [terminal]
@@ -109,7 +109,8 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
     close_world()
 
 
-def _prepare(config: RunConfig, streams: Quiet | None) -> Path:
+def prepare_data(config: RunConfig, streams: Quiet | None) -> Path:
+    """The manifest of the run's data, made if need be; says so to the person where ``streams`` are given."""
     from k2train.data import open_dataset, prepare
 
     with PrepareProgress(streams.out if streams else sys.stdout, enabled=streams is not None) as progress:

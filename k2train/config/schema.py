@@ -148,6 +148,7 @@ class OptimConfig:
     betas: tuple[float, float] = rule(at_least=0, below=1)
     eps: float = rule(above=0)
     tau: float | None = rule(above=0)  # QK-Clip's threshold on the max attention logit; required by muonclip
+    alpha: float = rule(at_least=0, at_most=1)  # the query's share of the clip, as an exponent; the key has the rest
     clip_grad_norm: float = rule(at_least=0)  # by the raw global norm; 0: off
     roles: dict[str, RoleConfig] = rule()  # each of ROLES
 

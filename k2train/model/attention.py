@@ -80,21 +80,23 @@ class Attention(Float32Buffers):
         """Forgets the maxima: the next forward pass in training mode starts a new step."""
         self.max_logits = torch.full_like(self.max_logits, float("-inf"))
 
-    def row_scales(self, gamma_H: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """What multiplies each row of a weight so that head h's logits shrink by gamma_h (arXiv 2507.20534, 2.1).
 
-        The two factors of the nope part share gamma as its square roots. The rope key is shared by all heads, so the
-        rope part of the query takes all of gamma. A gamma of 1 gives scales of exactly 1.
+        The two factors of the nope part share gamma: as its square roots in K2. The rope key is shared by all heads, so
+        the rope part of the query takes all of gamma. A gamma of 1 gives scales of exactly 1.
 
         Args:
             gamma_H: [H], positive.
+            alpha: the query's share, as an exponent of gamma.
 
         Returns:
             (weight, [rows]) for the query weight and the key-value weight.
         """
-        nope_scale = gamma_H.sqrt()[:, None].expand(-1, self.nope)
+        query_scale = (gamma_H**alpha)[:, None].expand(-1, self.nope)
+        key_scale = (gamma_H ** (1 - alpha))[:, None].expand(-1, self.nope)
         rope_scale = gamma_H[:, None].expand(-1, self.rope)
         value_scale = torch.ones_like(gamma_H)[:, None].expand(-1, self.value)
         query = self.q_b_proj if self.q_compressed else self.q_proj
-        yield query.weight, torch.cat((nope_scale, rope_scale), 1).flatten()
-        yield self.kv_b_proj.weight, torch.cat((nope_scale, value_scale), 1).flatten()
+        yield query.weight, torch.cat((query_scale, rope_scale), 1).flatten()
+        yield self.kv_b_proj.weight, torch.cat((key_scale, value_scale), 1).flatten()

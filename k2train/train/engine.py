@@ -29,6 +29,7 @@ def build_clip(config: OptimConfig, model: Transformer) -> QKClip:
     return QKClip(
         model.attention_layers(),
         tau=config.tau if config.tau is not None else float("inf"),
+        alpha=config.alpha,
         observe_only=config.name != "muonclip",
     )
 

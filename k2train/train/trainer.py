@@ -24,6 +24,7 @@ from k2train.data import Tokenizer, TrainStream, open_dataset
 from k2train.model import build_model, update_bias
 from k2train.paths import RunPaths, atomic_write
 from k2train.train import state, zero
+from k2train.train.audit import OnceEach
 from k2train.train.engine import PRECISIONS, build_clip, build_engine, build_optimizer, choose_precision
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
@@ -106,8 +107,10 @@ class Trainer:
         self.listeners = listeners
         metrics = MetricsFile(self.paths.metrics, resume_at=self.progress.step) if self.world.main else None
         every = self.config.checkpoint.every
+        proof = OnceEach(self.engine, self.optimizer, self.model, self.experts)
         while self.progress.step < self.config.steps:
-            record = self._step()
+            record = self.step()
+            proof.check(applied=record["applied"])
             step = self.progress.step
             last = step == self.config.steps
             if metrics and (step % self.config.track.log_every == 0 or last):
@@ -123,7 +126,7 @@ class Trainer:
             metrics.close()
         return result
 
-    def _step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics."""
         config, clip = self.config, self.clip
         begin = time.perf_counter()
@@ -135,9 +138,10 @@ class Trainer:
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         imbalance = self._update_router_bias(applied=applied)
-        max_logit = float(clip.max_logits.max())
-        clipped = int((clip.gamma < 1).sum()) if applied and config.optim.name == "muonclip" else 0
         clip.reset()
+        max_logit, clipped, invalid = (
+            v.item() for v in (clip.max_logits.max(), (clip.gamma < 1).sum(), clip.invalid.sum())
+        )
 
         micro_batches = self._micro_batches() * self.world.size
         loss, balance = (v / micro_batches for v in sum_across([loss_sum, balance_sum], device=self.world.device))
@@ -149,6 +153,10 @@ class Trainer:
         if not applied:
             self.progress.skipped_steps += 1
             self.say(f"step {self.progress.step}: the gradient is not finite, so nothing was updated")
+        if invalid:
+            self.say(
+                f"step {self.progress.step}: the largest logit of {invalid} heads is not finite; they are not clipped"
+            )
         tokens = config.train.global_batch_size * config.train.sequence_length
         return {
             "step": self.progress.step,
@@ -161,6 +169,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "max_logit": max_logit,
             "clipped_heads": clipped,
+            "invalid_heads": invalid,
             "balance_max": imbalance,
             "applied": applied,
             "elapsed": self.progress.elapsed,
@@ -244,6 +253,7 @@ class Trainer:
             state={
                 "progress": dataclasses.asdict(self.progress) | {"max_logit": repr(self.progress.max_logit)},
                 "optimizer_steps": state.optimizer_steps(self.optimizer),
+                "qk_clip": {name: scales.tolist() for name, scales in self.clip.state_dict().items()},
                 "config": to_dict(self.config),
                 "vocab_size": self._vocab_size(),
                 "dataset": self.dataset.fingerprint,
@@ -268,6 +278,7 @@ class Trainer:
             )
         state.load_intervals(checkpoint, self.shards, self.optimizer, self.model, self.roles, self.experts)
         state.set_optimizer_steps(self.optimizer, saved["optimizer_steps"])
+        self.clip.load_state_dict({name: torch.tensor(scales) for name, scales in saved["qk_clip"].items()})
         zero.refresh_weights(self.engine.optimizer, self.shards)
         self.progress = state.Progress(**(saved["progress"] | {"max_logit": float(saved["progress"]["max_logit"])}))
         self.engine.global_steps = self.progress.step

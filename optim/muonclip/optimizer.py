@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from muonclip.orthogonalize import QUINTIC, Coefficients, orthogonalize_each
 from muonclip.ownership import newton_schulz_cost
 from muonclip.qk_clip import QKClip, scale_rows_
-from muonclip.sharded import Exchange, FlatLayout
+from muonclip.sharded import Exchange, FlatLayout, Piece
 from muonclip.update import adamw_, apply_updates_, momentum_directions, muon_scale
 
 ALGORITHMS = ("muon", "adamw")
@@ -76,6 +77,8 @@ class MuonClip(torch.optim.Optimizer):
         self._split = {name: tuple(rows) for name, rows in (split or {}).items()}
         self._layouts: dict[Tensor, FlatLayout] = {}
         self._exchanges: dict[Tensor, Exchange] = {}
+        # How often each matrix (parameter, number in it) was orthogonalised on this rank, while it is a Counter.
+        self.orthogonalized: Counter[tuple[str, int]] | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -143,20 +146,35 @@ class MuonClip(torch.optim.Optimizer):
                     raise ValueError(f"the layout puts {piece} past the end of a shard of {flat.numel()} elements")
             self._layouts[flat] = layout
             if group["algorithm"] == "muon":
-                self._exchanges[flat] = Exchange(
-                    layout,
-                    cost=partial(
-                        newton_schulz_cost,
-                        steps=len(group["newton_schulz_coefficients"]),
-                        gram=group["newton_schulz_gram"],
-                    ),
-                    split=self._split,
-                )
+                self._exchanges[flat] = self.exchange(flat, group)
             self._create_state(flat, group)
         held = {piece.name for x in self._layouts.values() for pieces in x.pieces_by_rank for piece in pieces}
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and parameter.numel() and name not in held:
                 raise ValueError(f"{name} is in no layout: it would never be trained")
+
+    def layout_of(self, tensor: Tensor) -> FlatLayout:
+        """Which parameters, or parts of them, a tensor of ``param_groups`` holds."""
+        if tensor in self._layouts:
+            return self._layouts[tensor]
+        name = self._names[id(tensor)]
+        return FlatLayout(((Piece(name, self._shapes[name], 0, tensor.numel(), 0),),), 0, None)
+
+    def exchange(self, tensor: Tensor, group: Mapping[str, Any]) -> Exchange:
+        """What brings together the matrices of a tensor of ``param_groups``, which belongs to ``group``."""
+        cost = partial(
+            newton_schulz_cost, steps=len(group["newton_schulz_coefficients"]), gram=group["newton_schulz_gram"]
+        )
+        return Exchange(self.layout_of(tensor), cost=cost, split=self._split)
+
+    def matrix_shapes(self, name: str) -> list[tuple[int, int]]:
+        """Rows and columns of the matrices that a parameter consists of: experts of a stack, blocks of a split."""
+        *stack, rows, columns = self._shapes[name]
+        return [(block, columns) for block in self._split.get(name, (rows,))] * math.prod(stack)
+
+    def clip_scales(self, name: str) -> Tensor | None:
+        """[rows] factors by which the last step clipped a parameter; None for one that is never clipped."""
+        return self._scales_of(self._parameters[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -176,6 +194,8 @@ class MuonClip(torch.optim.Optimizer):
             if sum(len(group["params"]) for group in self.param_groups) < len(self._layouts):
                 raise ValueError("step() for some of the groups: call qk_clip.gather() before the first of them")
             clip.gather()
+        if clip is not None:
+            clip.apply()
         for group in self.param_groups:
             if self._layouts:
                 for flat in group["params"]:
@@ -215,7 +235,7 @@ class MuonClip(torch.optim.Optimizer):
             splits = [self._split.get(self._names[id(p)]) for p in params]
             apply_updates_(
                 _matrices(params, splits),
-                muon_updates(_matrices(directions, splits), group),
+                self._muon_updates(_matrices(directions, splits), self._matrices_of(params), group),
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
             )
@@ -233,7 +253,8 @@ class MuonClip(torch.optim.Optimizer):
             (direction,) = momentum_directions(
                 [grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
             )
-            update = self._exchanges[flat].apply(direction, lambda matrices: muon_updates(matrices, group))
+            exchange = self._exchanges[flat]
+            update = exchange.apply(direction, lambda matrices: self._muon_updates(matrices, exchange.owned, group))
             apply_updates_([flat], [update], lr=group["lr"], weight_decay=group["weight_decay"])
         else:
             _adamw([flat], [grad], [state], group)
@@ -241,6 +262,18 @@ class MuonClip(torch.optim.Optimizer):
             if (scales := self._scales_of(self._parameters[piece.name])) is not None:
                 interval = flat[piece.offset : piece.offset + piece.stop - piece.start]
                 scale_rows_(interval, scales, start=piece.start, columns=math.prod(piece.shape[1:]))
+
+    def _muon_updates(
+        self, directions: Sequence[Tensor], matrices: Sequence[tuple[str, int]], group: Mapping[str, Any]
+    ) -> list[Tensor]:
+        updates = muon_updates(directions, group)
+        if self.orthogonalized is not None:
+            self.orthogonalized.update(matrix for matrix, _ in zip(matrices, updates, strict=True))
+        return updates
+
+    def _matrices_of(self, params: Sequence[Tensor]) -> list[tuple[str, int]]:
+        names = [self._names[id(p)] for p in params]
+        return [(name, number) for name in names for number in range(len(self.matrix_shapes(name)))]
 
     def _scales_of(self, parameter: Tensor) -> Tensor | None:
         return None if self.qk_clip is None else self.qk_clip.scales_of(parameter)

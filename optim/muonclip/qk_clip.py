@@ -3,14 +3,15 @@
 Shapes: L attention layers, H heads of a layer (the most that any has, where they differ).
 
 After the weight update, each head whose largest logit S of that very step exceeded tau has its query and key weights
-scaled so that the same input would now give tau: by gamma = tau / S in all. How gamma is shared between weights is the
-attention module's knowledge (``row_scales``); which modules there are and when to clip is decided here.
+scaled so that the same input would now give tau: by gamma = tau / S in all, gamma^alpha on the query's side and
+gamma^(1 - alpha) on the key's. Which rows of which weights that are is the attention module's knowledge
+(``row_scales``); which modules there are and when to clip is decided here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -26,14 +27,19 @@ class ClippableAttention(Protocol):
     def max_logits(self) -> Tensor:
         """[H] fp32: largest pre-softmax logit of each head in the training forwards since the last reset.
 
-        -inf if there was none. Every micro-batch counts, evaluation does not.
+        -inf if there was none, NaN or inf if a logit was. Every micro-batch counts, evaluation does not. A forward pass
+        that activation checkpointing runs again finds the same maxima, and so changes nothing.
         """
 
     def reset_max_logits(self) -> None:
         """Starts a new step."""
 
-    def row_scales(self, gamma_H: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    def row_scales(self, gamma_H: Tensor, *, alpha: float) -> Iterable[tuple[Tensor, Tensor]]:
         """(parameter, [rows] factors): what each row is multiplied with so that head h's logits shrink by gamma_h.
+
+        Where query and key of a head both belong to it alone, the query's rows take ``gamma ** alpha`` and the key's
+        ``gamma ** (1 - alpha)``. Where heads share a key (grouped queries, the rope key of latent attention), scaling
+        it would change the others' logits: the query takes all of gamma, whatever alpha is.
 
         The parameters are those the optimizer got, not views of them; rows are the first dimension (a bias has one
         element a row). A gamma of 1 must give factors of exactly 1. A parameter that is named twice is scaled by both.
@@ -87,6 +93,7 @@ class QKClip:
         layers: Sequence[tuple[str, ClippableAttention]],
         *,
         tau: float = 100.0,
+        alpha: float = 0.5,
         process_group: dist.ProcessGroup | None = None,
         observe_only: bool = False,
     ) -> None:
@@ -95,14 +102,19 @@ class QKClip:
         Args:
             layers: attention modules with their names.
             tau: threshold on the largest logit; K2 used 100. Infinite: nothing is ever scaled.
+            alpha: exponent of gamma on the query's side, from 0 (all on the key) to 1 (all on the query); K2 used 0.5.
             process_group: ranks that saw other parts of the batch; None: all of torch.distributed, if it runs.
             observe_only: measure max logits but never scale.
 
         Raises:
-            ValueError: tau is not positive, or a layer does not follow the protocol.
+            ValueError: tau or alpha is out of range, two layers have one name, or a layer does not follow the protocol.
         """
         if not tau > 0:
             raise ValueError(f"tau={tau} must be positive: it is the largest logit that is left alone (K2: 100)")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha} must be from 0 to 1: it is the query's share of the clip (K2: 0.5)")
+        if len({name for name, _ in layers}) < len(layers):
+            raise ValueError(f"two layers have one name: {', '.join(name for name, _ in layers)}")
         for name, layer in layers:
             # Not isinstance() of the protocol: from Python 3.12 on it does not see a module's buffers.
             if missing := [member for member in PROTOCOL if not hasattr(layer, member)]:
@@ -112,17 +124,27 @@ class QKClip:
                 )
         self.layers = list(layers)
         self.tau = tau
+        self.alpha = alpha
         self.observe_only = observe_only
         self.gathered = False  # since the last reset
-        self.max_logits = torch.empty(0, 0)  # [L, H] of the last gather, -inf for heads that a layer does not have
-        self.gamma = torch.empty(0, 0)  # [L, H] by which logits were scaled: exactly 1 where nothing was
+        # [L, H] each, with -inf, 1 and 1 for heads that a layer does not have.
+        shape = len(self.layers), max((len(layer.max_logits) for _, layer in self.layers), default=0)
+        self.max_logits = torch.full(shape, -math.inf)  # of the last gather; +inf where one was NaN or infinite
+        self.gamma = torch.ones(shape)  # by which the last step scaled logits; exactly 1 where it did not
+        self.cumulative = torch.ones(shape)  # the product of gamma over all steps
         self._process_group = process_group
         self._scales: dict[int, Tensor] = {}
+        self._applied = False  # since the last gather
 
     @property
     def scales_weights(self) -> bool:
         """Whether any step can change a weight."""
         return not self.observe_only and math.isfinite(self.tau)
+
+    @property
+    def invalid(self) -> Tensor:
+        """[L, H]: heads that were left alone at the last gather as their largest logit was NaN or infinite."""
+        return self.max_logits.isposinf()
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -130,7 +152,7 @@ class QKClip:
 
         All ranks of the process group must call it. A NaN is reported as +inf.
         """
-        self.gathered = True
+        self.gathered, self._applied = True, False
         if not self.layers:
             return
         maxima = [layer.max_logits.float() for _, layer in self.layers]
@@ -140,6 +162,7 @@ class QKClip:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._process_group)
         self.max_logits = largest
+        self.cumulative = self.cumulative.to(largest.device)
         self.gamma = clip_factors(largest, tau=self.tau) if self.scales_weights else torch.ones_like(largest)
         self._scales = {}
         if self.scales_weights:
@@ -148,11 +171,39 @@ class QKClip:
                 earlier = self._scales.get(id(weight))
                 self._scales[id(weight)] = scales if earlier is None else earlier * scales
 
+    def apply(self) -> None:
+        """Notes that this step is being applied, in however many parts; the optimizer calls it."""
+        if self.gathered and not self._applied:
+            self._applied = True
+            self.cumulative = self.cumulative * self.gamma
+
     def reset(self) -> None:
-        """Starts a new step; ``max_logits`` and ``gamma`` stay readable until the next ``gather``."""
+        """Starts a new step. What was gathered stays readable until the next; without an applied step gamma is 1."""
+        if self.gathered and not self._applied:
+            self.gamma = torch.ones_like(self.gamma)
         self.gathered = False
         for _, layer in self.layers:
             layer.reset_max_logits()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The cumulative scales [H] of each layer, by name: all that outlives a step."""
+        return {
+            name: scales[: len(layer.max_logits)].clone()
+            for (name, layer), scales in zip(self.layers, self.cumulative, strict=True)
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Takes back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: it is of other layers, or of layers with other heads.
+        """
+        own = {name: len(layer.max_logits) for name, layer in self.layers}
+        found = {name: len(scales) for name, scales in state_dict.items()}
+        if found != own:
+            raise ValueError(f"the state is of layers with heads {found}, but here are {own}")
+        for (name, heads), scales in zip(own.items(), self.cumulative, strict=True):
+            scales[:heads] = state_dict[name]
 
     def scales_of(self, parameter: Tensor) -> Tensor | None:
         """[rows] factors of a parameter's rows in this step; None for one that is never clipped."""
@@ -184,5 +235,5 @@ class QKClip:
 
     def _row_scales(self, gammas: Iterable[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
         for (name, layer), gamma_H in zip(self.layers, gammas, strict=True):
-            for weight, scales in layer.row_scales(gamma_H):
+            for weight, scales in layer.row_scales(gamma_H, alpha=self.alpha):
                 yield name, weight, scales

@@ -48,6 +48,8 @@ class _Part:
 
 @dataclass
 class _Matrix:
+    name: str  # of the parameter
+    number: int  # in it: a stack or a split parameter has several
     rows: int
     columns: int
     parts: list[_Part] = field(default_factory=list)
@@ -81,6 +83,11 @@ class Exchange:
             matrix.owner = owner
         # Every rank enters the collective, even with nothing to send, if any matrix of the group moves.
         self._moves = any(len({part.rank for part in m.parts}) > 1 for m in self._matrices)
+
+    @property
+    def owned(self) -> list[tuple[str, int]]:
+        """The matrices that this rank orthogonalises, in the order of ``apply``: parameter, and number in it."""
+        return [(m.name, m.number) for m in self._matrices if m.owner == self._layout.rank]
 
     def apply(self, values: Tensor, function: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
         """Applies a function of whole matrices to a shard; called by all ranks of the group together.
@@ -170,7 +177,7 @@ class _Buffer:
 
 def _matrices(layout: FlatLayout, split: Mapping[str, Sequence[int]]) -> list[_Matrix]:
     """All matrices of a layout with their parts, in an order that every rank finds."""
-    found: dict[tuple[str, int, int], _Matrix] = {}
+    found: dict[tuple[str, int], _Matrix] = {}
     for rank, pieces in enumerate(layout.pieces_by_rank):
         for piece in pieces:
             if len(piece.shape) not in (2, 3):
@@ -181,18 +188,18 @@ def _matrices(layout: FlatLayout, split: Mapping[str, Sequence[int]]) -> list[_M
             rows, columns = piece.shape[-2:]
             size = rows * columns
             for index in range(piece.start // size, -(-piece.stop // size)):
-                end = index * size
-                for number, block in enumerate(split.get(piece.name, (rows,))):
-                    begin, end = end, end + block * columns
+                end, blocks = index * size, split.get(piece.name, (rows,))
+                for block, block_rows in enumerate(blocks):
+                    begin, end = end, end + block_rows * columns
                     start, stop = max(piece.start, begin), min(piece.stop, end)
                     if start < stop:
                         part = _Part(rank, start - begin, stop - begin, piece.offset + start - piece.start)
-                        key = (piece.name, index, number)
-                        found.setdefault(key, _Matrix(block, columns)).parts.append(part)
-    for (name, index, number), matrix in found.items():
+                        number = index * len(blocks) + block
+                        matrix = _Matrix(piece.name, number, block_rows, columns)
+                        found.setdefault((piece.name, number), matrix).parts.append(part)
+    for (name, number), matrix in found.items():
         matrix.parts.sort(key=lambda part: part.start)
         edges = [0, *(part.stop for part in matrix.parts)]
         if edges[:-1] != [part.start for part in matrix.parts] or edges[-1] != matrix.rows * matrix.columns:
-            where = f"{name} (block {number} of its rows)" if name in split else name
-            raise ValueError(f"the pieces of matrix {index} of {where} do not cover it once: {edges}")
+            raise ValueError(f"the pieces of matrix {number} of {name} do not cover it once: {edges}")
     return [found[key] for key in sorted(found)]

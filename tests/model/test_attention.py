@@ -67,8 +67,9 @@ def test_max_logits_accumulate_over_micro_batches(make_model: MakeModel, q_lora_
     torch.testing.assert_close(layer.max_logits.double(), brute_force(layer, hidden(1)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
 @pytest.mark.parametrize("q_lora_rank", [20, None])
-def test_a_clipped_head_has_exactly_tau(make_model: MakeModel, q_lora_rank: int | None) -> None:
+def test_a_clipped_head_has_exactly_tau(make_model: MakeModel, q_lora_rank: int | None, alpha: float) -> None:
     """With the layer's input held fixed, the head's maximum after the clip is min(S, tau)."""
     layer, cos, sin = first_attention(make_model(q_lora_rank=q_lora_rank))
     layer(hidden(), cos, sin)
@@ -76,7 +77,7 @@ def test_a_clipped_head_has_exactly_tau(make_model: MakeModel, q_lora_rank: int 
     tau = before.median().item()  # one head above, one at, one below
     gamma = (tau / before).clamp(max=1)
     with torch.no_grad():
-        for parameter, scale in layer.row_scales(gamma):
+        for parameter, scale in layer.row_scales(gamma, alpha=alpha):
             assert scale.shape == parameter.shape[:1]
             parameter *= scale[:, None]
     layer.reset_max_logits()
@@ -90,7 +91,8 @@ def test_a_clipped_head_has_exactly_tau(make_model: MakeModel, q_lora_rank: int 
             assert torch.equal(old[head], new[head])
             if name == "kv_b_proj.weight":
                 assert torch.equal(old[:, 10:], new[:, 10:])
-            assert not torch.equal(old, new)
+            else:
+                assert not torch.equal(old, new)
         else:
             assert torch.equal(weights[name], parameter)
 

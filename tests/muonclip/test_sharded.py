@@ -37,7 +37,7 @@ class Attention:
     def reset_max_logits(self) -> None:
         self.max_logits = torch.full((2,), -math.inf)
 
-    def row_scales(self, gamma_H):
+    def row_scales(self, gamma_H, *, alpha):
         rows = gamma_H.repeat_interleave(4)
         yield from ((self.weight, rows), (self.bias, rows))
 
@@ -215,7 +215,7 @@ def test_each_block_of_a_split_parameter_is_orthogonalised_once(monkeypatch):
     check_equal(params, [(flat, whole)])
     held = list(whole.pieces_by_rank[0])
     held[0] = dataclasses.replace(held[0], stop=59)
-    with pytest.raises(ValueError, match=r"matrix 0 of a \(block 1 of its rows\) do not cover it once"):
+    with pytest.raises(ValueError, match="matrix 1 of a do not cover it once"):
         optimizer.shard({flat: dataclasses.replace(whole, pieces_by_rank=(tuple(held),))})
     blocks = [(2, 10), (4, 10), (7, 3), (4, 6), (4, 6), *[(1, 6), (3, 6)] * 3]
     assert sorted(calls) == sorted(blocks)

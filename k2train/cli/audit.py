@@ -1,0 +1,144 @@
+"""``k2train audit``: how each parameter is updated, and whether one step of the run did just that."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from k2train.cli.train import prepare_data
+from k2train.config import ConfigError, RunConfig
+from k2train.paths import RunPaths
+from k2train.train.quiet import Quiet, quiet, report_failure, without_shm_comm
+
+if TYPE_CHECKING:
+    from k2train.train.audit import Range, Row
+    from k2train.train.trainer import Trainer
+
+PIPED_WIDTH = 120  # columns where the terminal does not say
+
+
+def run(config: RunConfig) -> int:
+    """Takes the first step of the run at its peak learning rate and throws it away; 0 if each update was right.
+
+    Raises:
+        ConfigError: the config does not fit this number of processes.
+        OSError: the run's folder cannot be written.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if faults := [*config.check_world(world_size)]:
+        raise ConfigError(faults)
+    # Without warm-up: after it, an update is large against the rounding of the weights that it is read from.
+    schedule = dataclasses.replace(config.schedule, warmup_steps=0, decay_fraction=0.0)
+    config = dataclasses.replace(config, schedule=schedule)
+    # Apart from the run of this name, which may not have begun, or be half done.
+    paths = RunPaths(Path(config.runs_dir).expanduser() / config.name / "audit")
+    log = paths.logs / f"rank-{rank}.log"
+    streams = quiet(log, rank=rank, world_size=world_size)
+    try:
+        return _audit(config, paths, streams, first=rank == 0)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, rank=rank, world_size=world_size, log_path=log, stderr=streams.err)
+
+
+def _audit(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -> int:
+    from k2train.comm import close_world, open_world
+
+    manifest = prepare_data(config, streams) if first else None
+    from k2train.train.audit import audit
+    from k2train.train.trainer import Trainer
+
+    without_shm_comm()
+    world = open_world(config.train.device)
+
+    def say(text: str) -> None:
+        if world.main:
+            print(text, file=streams.out)
+
+    trainer = Trainer(config, manifest or prepare_data(config, None), world=world, paths=paths, say=say)
+    rows = audit(trainer)
+    if world.main:
+        console = Console(file=streams.out, highlight=False)
+        if not console.is_terminal:
+            console = Console(file=streams.out, highlight=False, width=PIPED_WIDTH)
+        show(trainer, rows, console)
+    close_world()
+    return 1 if any(row.fault for row in rows) else 0
+
+
+def show(trainer: Trainer, rows: list[Row], console: Console) -> None:
+    """Prints both tables and the verdict."""
+    clip = trainer.clip
+    console.print(_rule_table(rows))
+    console.print(
+        "Muon: W <- W - lr (scale O + decay W), scale = 0.2 sqrt(max(m, n)), O the orthogonalised momentum.\n",
+        style="dim",
+    )
+    console.print(_step_table(rows))
+    console.print(
+        "Theory: Newton-Schulz's polynomial on the singular values of the momentum, and AdamW's formula, in float64.\n"
+        "Ranges are over the matrices of a parameter. RMS is that of the update before the learning rate.\n",
+        style="dim",
+    )
+    acts = f"tau {clip.tau:g}, alpha {clip.alpha:g}" if clip.scales_weights else "off, watching only"
+    heads, clipped = clip.max_logits.numel(), int((clip.gamma < 1).sum())
+    console.print(
+        f"QK-Clip: {acts}; largest logit {float(clip.max_logits.max()):.3g}; {clipped} of {heads} heads clipped"
+    )
+    matrices, wrong = sum(row.matrices for row in rows), [row for row in rows if row.fault]
+    for row in wrong:
+        console.print(f"{row.rule.name}: {row.fault}", markup=False)
+    if wrong:
+        console.print(f"[bold red]{len(wrong)} of {len(rows)} parameters were not updated as they should be[/]")
+    else:
+        console.print(
+            f"{len(rows)} parameters and {matrices} orthogonalised matrices: each updated as it should be, once"
+        )
+
+
+def _rule_table(rows: Iterable[Row]) -> Table:
+    table = _table("parameter", "role", "shape", "rule", "lr", "decay", title="How each parameter is updated")
+    for row in rows:
+        rule = row.rule
+        if rule.algorithm == "muon":
+            stacked = f"{row.matrices} x " if row.matrices > 1 else ""
+            shape, how = f"{stacked}{list(rule.matrices[0])}", f"Muon, scale {rule.scales[0]:.3g}"
+        else:
+            shape, how = str(list(rule.shape)), "AdamW"
+        table.add_row(rule.name, rule.role, escape(shape), how, f"{rule.lr:g}", f"{rule.weight_decay:g}")
+    return table
+
+
+def _step_table(rows: Iterable[Row]) -> Table:
+    table = _table("parameter", "singular values", "theory", "RMS", "theory", "verdict", title="What one step did")
+    for row in rows:
+        table.add_row(
+            row.rule.name,
+            _text(row.singular, 2),
+            _text(row.expected_singular, 2),
+            _text(row.rms, 3),
+            _text(row.expected_rms, 3),
+            "[bold red]wrong[/]" if row.fault else "ok",
+        )
+    return table
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _text(values: Range | None, digits: int) -> str:
+    if values is None:
+        return ""
+    low, high = (f"{v:.{digits}f}" if math.isfinite(v) else str(v) for v in values)
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,71 @@
+"""The model on a CUDA device against itself on a CPU in fp32."""
+
+import copy
+
+import pytest
+import torch
+
+from k2train.cli.commands import TRAIN
+from k2train.cli.compose import compose
+from k2train.config import RunConfig, parse
+from k2train.model import build_model, experts
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+
+
+def build():
+    config = parse(RunConfig, compose(TRAIN, ["model=nano", "model.vocab_size=64", "model.initializer_range=0.1"]))
+    return build_model(config.model, seed=0, device="cpu")
+
+
+def forward_backward(model, tokens):
+    loss_BT, balance = model(tokens, tokens.roll(-1, 1))
+    (loss_BT.mean() + balance).backward()
+    maxima = torch.stack([layer.max_logits for _, layer in model.attention_layers()])
+    return loss_BT.detach().float().cpu(), maxima.cpu(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
+
+
+def test_fp32_gives_the_loss_maxima_and_gradients_of_a_cpu():
+    model, tokens = build(), torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(0))
+    loss, maxima, grads = forward_backward(copy.deepcopy(model).to(DEVICE), tokens.to(DEVICE))
+    expected_loss, expected_maxima, expected = forward_backward(model, tokens)
+    torch.testing.assert_close(loss, expected_loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(maxima, expected_maxima, atol=1e-3, rtol=1e-4)
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_bf16_is_near():
+    """Single tokens may go to other experts, so that only the mean is held."""
+    model, tokens = build(), torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(0))
+    loss, _, grads = forward_backward(copy.deepcopy(model).to(DEVICE, torch.bfloat16), tokens.to(DEVICE))
+    expected_loss, _, _ = forward_backward(model, tokens)
+    assert loss.mean() == pytest.approx(float(expected_loss.mean()), abs=0.05)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("loads", [[5, 0, 17, 10], [0, 0, 32, 0], [8, 8, 8, 8]])
+def test_experts_by_grouped_products(monkeypatch, loads):
+    """Row counts that are no multiple of anything, and experts without a row, whose gradients are zeros."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((32, 64), (4, 48, 64), (4, 48, 64), (4, 64, 48))  # x, w1, w3, w2
+    values = [(0.2 * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes]
+    taken, grouped = [], experts._grouped
+    monkeypatch.setattr(experts, "_grouped", lambda *args: taken.append(True) or grouped(*args))
+
+    def run(device: str, dtype: torch.dtype):
+        inputs = [v.detach().to(device, dtype).requires_grad_() for v in values]
+        out = experts.expert_mlps(*inputs, torch.tensor(loads, device=device))
+        out.float().square().sum().backward()
+        return [out.detach().float().cpu(), *(x.grad.float().cpu() for x in inputs)]
+
+    found = run(DEVICE, torch.bfloat16)
+    assert taken
+    for value, expected in zip(found, run("cpu", torch.float32), strict=True):
+        torch.testing.assert_close(value, expected, atol=0.02 * float(expected.abs().max()), rtol=0.05)
+    for grad in found[2:]:
+        assert not grad[torch.tensor(loads) == 0].any()
