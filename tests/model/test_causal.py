@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k2train.model import causal
+from k2train.model import block_attention
 from k2train.model.causal import attention
 from k2train.model.max_logits import max_logits_by_blocks
 
@@ -28,10 +28,10 @@ def plain(
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
 @pytest.mark.parametrize("keep", [True, False])
 def test_fp32(length: int, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal, "KEPT_PROBABILITIES", 2**24 if keep else 0)
+    monkeypatch.setattr(block_attention, "KEPT_PROBABILITIES", 2**24 if keep else 0)
     q, k, v = (random(2, 3, length, size, seed=seed) for seed, size in enumerate((10, 10, 7)))
     expected, maxima, gradients = plain(q, k, v, 0.7)
-    out, largest = attention(q, k, v, scale=0.7, with_max=True)
+    out, (largest, _) = attention(q, k, v, scale=0.7, with_max=True)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(largest.double(), maxima, atol=0, rtol=1e-6)
     assert not largest.requires_grad
@@ -45,7 +45,7 @@ def test_bf16_maxima_are_those_of_fp32_logits() -> None:
     with torch.no_grad():
         q[:, 1] *= 8  # logits above 100, where bf16 is off by 0.5
     expected, maxima, gradients = plain(q, k, v, 0.5)
-    out, largest = attention(q, k, v, scale=0.5, with_max=True)
+    out, (largest, _) = attention(q, k, v, scale=0.5, with_max=True)
     torch.testing.assert_close(largest.double(), maxima, atol=0, rtol=1e-6)
     assert largest.dtype == torch.float32
     assert (out.double() - expected).abs().max() < 0.02
@@ -69,7 +69,7 @@ def test_negative_maxima() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         low_q, low_k = q.to(dtype), k.to(dtype)
         expected = plain(low_q, low_k, low_k, 1.0)[1]
-        _, largest = attention(low_q, low_k, low_k, scale=1.0, with_max=True)
+        _, (largest, _) = attention(low_q, low_k, low_k, scale=1.0, with_max=True)
         torch.testing.assert_close(largest.double(), expected, atol=0, rtol=1e-6)
         torch.testing.assert_close(max_logits_by_blocks(low_q, low_k, scale=1.0), largest, atol=0, rtol=1e-6)
 
@@ -77,7 +77,7 @@ def test_negative_maxima() -> None:
 def test_later_keys_do_not_count() -> None:
     q, k = torch.ones(1, 1, 6, 2), torch.zeros(1, 1, 6, 2)
     q[0, 0, -1], k[0, 0, -1] = 0.0, 50.0  # a huge key that only the last query sees, which is zero
-    _, largest = attention(q, k, k, scale=1.0, with_max=True)
+    _, (largest, _) = attention(q, k, k, scale=1.0, with_max=True)
     assert largest.item() == 0.0
     assert max_logits_by_blocks(q, k, scale=1.0).item() == 0.0
 
@@ -86,7 +86,7 @@ def test_later_keys_do_not_count() -> None:
 def test_nan_shows(dtype: torch.dtype) -> None:
     q, k, v = (random(1, 2, 9, 4, seed=seed, dtype=dtype).detach() for seed in range(3))
     k[0, 1, 3, 0] = float("nan")
-    _, largest = attention(q, k, v, scale=1.0, with_max=True)
+    _, (largest, _) = attention(q, k, v, scale=1.0, with_max=True)
     assert largest.isnan().tolist() == [False, True]
     assert max_logits_by_blocks(q, k, scale=1.0).isnan().tolist() == [False, True]
 
@@ -97,7 +97,7 @@ def test_nan_shows(dtype: torch.dtype) -> None:
 def test_on_a_gpu(dtype: torch.dtype) -> None:
     q, k, v = (random(2, 3, 300, size, seed=seed, dtype=dtype) for seed, size in enumerate((48, 48, 32)))
     expected, maxima, _ = plain(q, k, v, 0.2)
-    out, largest = attention(q.cuda(), k.cuda(), v.cuda(), scale=0.2, with_max=True)
+    out, (largest, _) = attention(q.cuda(), k.cuda(), v.cuda(), scale=0.2, with_max=True)
     torch.testing.assert_close(largest.double().cpu(), maxima, atol=0, rtol=1e-5)
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(out.double().cpu(), expected, atol=tolerance, rtol=tolerance)
