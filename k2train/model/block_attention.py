@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Rows of q a block: of 32, 64, 128 and 256, 64 and 128 were fastest.
 ROWS = 128
-# Logits of a block against all keys; n is cut into groups that keep to it. 1 MiB in fp32, about a core's L2 cache.
+# Logits of a block a thread: n is cut into groups that keep to it. 1 MiB in fp32, about a core's L2 cache.
 BLOCK = 2**18
 # Probabilities that one call may keep for its backward pass; above, they are computed again. 64 MiB in fp32.
 KEPT_PROBABILITIES = 2**24
@@ -29,8 +29,8 @@ class _Block(NamedTuple):
     first: int
 
 
-def _blocks(n: int, length: int, starts_nT: Tensor | None) -> Iterator[_Block]:
-    size = max(1, BLOCK // (min(ROWS, length) * length))
+def _blocks(n: int, length: int, size: int, starts_nT: Tensor | None) -> Iterator[_Block]:
+    """The blocks in groups of ``size`` sequences."""
     for i in range(0, n, size):
         group = slice(i, min(i + size, n))
         for start in range(0, length, ROWS):
@@ -56,7 +56,7 @@ def _logits(
     return out
 
 
-class BlockAttention(torch.autograd.Function):
+class _BlockAttention(torch.autograd.Function):
     """Attention by blocks of rows against the keys that they can see: nothing above the diagonal is computed."""
 
     @staticmethod
@@ -64,11 +64,12 @@ class BlockAttention(torch.autograd.Function):
         ctx: Any, q_nTd: Tensor, k_nTd: Tensor, v_nTV: Tensor, starts_nT: Tensor | None, scale: float, with_max: bool
     ) -> tuple[Tensor, Tensor]:
         n, T, _ = q_nTd.shape
+        size = max(1, torch.get_num_threads() * BLOCK // (min(ROWS, T) * T))
         keep = any(ctx.needs_input_grad) and n * T * T // 2 <= KEPT_PROBABILITIES
         q, k = _wide(q_nTd), _wide(k_nTd)
         mask = q.new_full((min(ROWS, T), min(ROWS, T)), float("-inf")).triu_(1)
         out, maxima, kept = torch.empty_like(v_nTV), q.new_full((n,), float("-inf")), []
-        for block in _blocks(n, T, starts_nT):
+        for block in _blocks(n, T, size, starts_nT):
             group, start, stop, first = block
             logits = _logits(q, k, mask, starts_nT, block, scale)
             if with_max:
@@ -78,7 +79,7 @@ class BlockAttention(torch.autograd.Function):
             if keep:
                 kept.append(probabilities)
         ctx.save_for_backward(q_nTd, k_nTd, v_nTV, mask, starts_nT, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.size = scale, size
         ctx.mark_non_differentiable(maxima)
         return out, maxima
 
@@ -90,15 +91,13 @@ class BlockAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         # Summed over blocks, hence in fp32 at least.
         grad_k, grad_v = torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
-        for i, block in enumerate(_blocks(q.shape[0], q.shape[1], starts)):
+        for i, block in enumerate(_blocks(q.shape[0], q.shape[1], ctx.size, starts)):
             group, start, stop, first = block
             p = kept[i] if kept else _logits(wide_q, wide_k, mask, starts, block, scale).softmax(-1).to(v.dtype)
             grad_rows = grad[group, start:stop]
             grad_p = torch.bmm(grad_rows, v[group, first:stop].transpose(1, 2))
             grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_q[group, start:stop] = torch.baddbmm(
-                q[:1, :1, :1], grad_s, k[group, first:stop], beta=0, alpha=scale
-            )
+            grad_q[group, start:stop] = torch.baddbmm(q[:1, :1, :1], grad_s, k[group, first:stop], beta=0, alpha=scale)
             _add_bmm(grad_k[group, first:stop], grad_s.transpose(1, 2), q[group, start:stop], scale)
             _add_bmm(grad_v[group, first:stop], p.transpose(1, 2), grad_rows, 1.0)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
@@ -136,5 +135,5 @@ def block_attention(
     B, H, T, _ = q_BHTd.shape
     q, k, v = q_BHTd.flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
     starts = None if starts_BT is None else starts_BT.repeat_interleave(H, 0)
-    out, maxima = BlockAttention.apply(q, k, v, starts, scale, with_max)  # type: ignore[no-untyped-call]
+    out, maxima = _BlockAttention.apply(q, k, v, starts, scale, with_max)  # type: ignore[no-untyped-call]
     return out.view(B, H, T, -1), maxima.view(B, H).amax(0).float()

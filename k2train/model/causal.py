@@ -111,7 +111,7 @@ def attention(
     Raises:
         ValueError: starts is not [B, T] of int64, or there is no such back end.
     """
-    B, H, T, _ = q_BHTd.shape
+    B, _, T, _ = q_BHTd.shape
     if starts_BT is not None and (starts_BT.shape != (B, T) or starts_BT.dtype != torch.int64):
         raise ValueError(
             f"starts is {list(starts_BT.shape)} of {starts_BT.dtype}, but must be [{B}, {T}] of int64: "

@@ -84,9 +84,7 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, starts_BT: Tensor | None, *, scale: f
     mask = None
     if starts_BT is not None:  # hidden by the number that torch gives cuDNN for a boolean mask
         mask = document_bias(q, starts_BT, hidden=-65504.0, align=16).expand(-1, q.shape[1], -1, -1)
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, mask, True, 0.0, mask is None, False, scale=scale
-    )
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, 0.0, mask is None, False, scale=scale)
     return out, lse.view(q.shape[:3])
 
 

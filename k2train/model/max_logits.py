@@ -30,9 +30,7 @@ def _logits(q_nRd: Tensor, k_nTd: Tensor) -> Tensor:
     return torch.bmm(q_nRd.float(), k_ndT.float())
 
 
-def max_logits_by_blocks(
-    q_BHTd: Tensor, k_BHTd: Tensor, starts_BT: Tensor | None = None, *, scale: float
-) -> Tensor:
+def max_logits_by_blocks(q_BHTd: Tensor, k_BHTd: Tensor, starts_BT: Tensor | None = None, *, scale: float) -> Tensor:
     """The maxima by a pass of its own over all visible pairs, a block of rows at a time.
 
     For attention kernels that keep their logits to themselves. Nothing here depends on the data, so that a GPU's host
