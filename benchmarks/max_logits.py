@@ -1,9 +1,9 @@
 """What the largest logits cost, as a share of attention forward and backward, and how exact they are.
 
-    python benchmarks/max_logits.py [--pairs 20] [--threads 1]
+    python benchmarks/max_logits.py [--seconds 8] [--threads 1]
 
-With and without are run in turn, in alternating order; a share is the median over the pairs, with the interval that
-holds the true median with 95 %. On a CPU with one thread the clock is the process's own, so that other work on the
+With and without are run in turn, in alternating order, for so many seconds a line and 20 pairs at least; a share is
+the median over the pairs, with the interval that holds the true median with 95 %. On a CPU with one thread the clock is the process's own, so that other work on the
 machine disturbs less. Shapes: B batch, H heads, T tokens, d query and key dims, V value dims.
 
 The bars, at T >= 512: 1 % when healthy, 2 % with a quarter of the heads hot (largest logit 160); error 1e-3 there.
@@ -12,6 +12,7 @@ The bars, at T >= 512: 1 % when healthy, 2 % with a quarter of the heads hot (la
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -25,18 +26,19 @@ from k2train.model.max_logits import max_logits_by_blocks
 
 # (B, H, T, d, V): the heads of the model `nano`, and wider ones up to Kimi K2's.
 SHAPES = [
-    (16, 4, 256, 48, 32),
-    (8, 4, 512, 48, 32),
-    (2, 4, 2048, 48, 32),
+    (2, 4, 256, 48, 32),
+    (1, 4, 512, 48, 32),
+    (1, 4, 2048, 48, 32),
     (1, 4, 4096, 48, 32),
-    (2, 8, 512, 96, 64),
+    (1, 8, 512, 96, 64),
     (1, 8, 2048, 96, 64),
     (1, 8, 512, 192, 128),
     (1, 8, 2048, 192, 128),
 ]
+PAIRS = 20
 HOT = 160.0
 TAU = 100.0
-Run = Callable[[Tensor, Tensor, Tensor], object]
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def inputs(B: int, H: int, T: int, d: int, V: int, *, hot: bool, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -57,23 +59,24 @@ def median_with_interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), values[low], values[high]
 
 
-def compare(without: Run, with_: Run, tensors: list[Tensor], *, pairs: int, clock: Callable[[], float]) -> list[float]:
+def compare(
+    without: Run, with_: Run, tensors: list[Tensor], *, limit: float, clock: Callable[[], float]
+) -> list[float]:
     """Time of ``with_`` over time of ``without``, both forward and backward, for each pair."""
     q, k, v, grad = tensors
 
     def seconds(run: Run) -> float:
         begin = clock()
-        out = run(q, k, v)
-        assert isinstance(out, Tensor)
-        out.backward(grad)
+        run(q, k, v).backward(grad)
         end = clock()
         q.grad = k.grad = v.grad = None
         return end - begin
 
     seconds(without), seconds(with_)
-    ratios = []
-    for pair in range(pairs):
-        order = (without, with_) if pair % 2 else (with_, without)
+    ratios: list[float] = []
+    end = time.perf_counter() + limit
+    while len(ratios) < PAIRS or time.perf_counter() < end:
+        order = (without, with_) if len(ratios) % 2 else (with_, without)
         found = {run: seconds(run) for run in order}
         ratios.append(found[with_] / found[without])
     return ratios
@@ -92,10 +95,25 @@ def error(q: Tensor, k: Tensor, largest: Tensor, *, scale: float) -> float:
     return worst
 
 
+def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float, with_max: bool, backend: str | None) -> Tensor:
+    return attention(q, k, v, scale=scale, with_max=with_max, exact_above=TAU, backend=backend)[0]
+
+
+def run_and_pass(q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: str) -> Tensor:
+    with torch.no_grad():
+        max_logits_by_blocks(q, k, scale=scale)
+    return run(q, k, v, scale=scale, with_max=False, backend=backend)
+
+
+def run_torchs(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    return F.scaled_dot_product_attention(q, k, padded, is_causal=True, scale=scale)[..., : v.shape[-1]]
+
+
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -106,7 +124,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.process_time() if device == "cpu" and options.threads == 1 else time.perf_counter()
 
-    print(f"torch {torch.__version__}, {device}, {dtype}, {options.threads} threads, {options.pairs} pairs\n")
+    print(f"torch {torch.__version__}, {device}, {dtype}, {options.threads} threads, {options.seconds:g} s a line\n")
     print("| B, H, T, d, V | heads | back end | maxima | share of forward + backward | error of a hot head |")
     print("| --- | --- | --- | --- | --- | --- |")
     for shape in SHAPES:
@@ -116,49 +134,35 @@ def main() -> None:
             q, k, v, _ = tensors
             chosen = choose_backend(q, k, v, None, scale=scale)
             for backend in dict.fromkeys((chosen, "flash_cpu" if device == "cpu" else chosen)):
-
-                def without(q: Tensor, k: Tensor, v: Tensor, backend: str = backend) -> Tensor:
-                    return attention(q, k, v, scale=scale, with_max=False, backend=backend)[0]
-
-                def with_(q: Tensor, k: Tensor, v: Tensor, backend: str = backend) -> Tensor:
-                    return attention(q, k, v, scale=scale, with_max=True, exact_above=TAU, backend=backend)[0]
-
-                def chunked(q: Tensor, k: Tensor, v: Tensor, run: Run = without) -> object:
-                    with torch.no_grad():
-                        max_logits_by_blocks(q, k, scale=scale)
-                    return run(q, k, v)
-
-                runs: dict[str, Run] = {"own": with_}
+                without = functools.partial(run, scale=scale, with_max=False, backend=backend)
+                runs: dict[str, Run] = {"own": functools.partial(run, scale=scale, with_max=True, backend=backend)}
                 if backend != "block" and not hot:
-                    runs["chunked pass"] = chunked
-                for name, run in runs.items():
-                    ratios = compare(without, run, tensors, pairs=options.pairs, clock=clock)
+                    runs["chunked pass"] = functools.partial(run_and_pass, scale=scale, backend=backend)
+                for name, with_ in runs.items():
+                    ratios = compare(without, with_, tensors, limit=options.seconds, clock=clock)
                     median, low, high = (100 * (x - 1) for x in median_with_interval(ratios))
                     wrong = ""
                     if hot:
                         maxima = attention(q, k, v, scale=scale, with_max=True, exact_above=TAU, backend=backend)[1]
                         assert maxima is not None
                         wrong = f"{error(q, k, maxima.largest, scale=scale):.1e}, {int(maxima.fallbacks)} fallbacks"
-                    print(
-                        f"| {', '.join(map(str, shape))} | {'a quarter hot' if hot else 'healthy'} | {backend} | {name} "
-                        f"| {median:.2f} % ({low:.2f} to {high:.2f}) | {wrong} |",
-                        flush=True,
+                    cells = (
+                        ", ".join(map(str, shape)),
+                        "a quarter hot" if hot else "healthy",
+                        backend,
+                        name,
+                        f"{median:.2f} % ({low:.2f} to {high:.2f}; {len(ratios)} pairs)",
+                        wrong,
                     )
+                    print(f"| {' | '.join(cells)} |", flush=True)
     print("\nAttention with maxima against torch's own (scaled_dot_product_attention, values padded to d)\n")
     print("| B, H, T, d, V | time of torch's / time of this |")
     print("| --- | --- |")
     for shape in SHAPES:
         tensors = inputs(*shape, hot=False, device=device, dtype=dtype)
         scale = shape[3] ** -0.5
-
-        def ours(q: Tensor, k: Tensor, v: Tensor, scale: float = scale) -> Tensor:
-            return attention(q, k, v, scale=scale, with_max=True, exact_above=TAU)[0]
-
-        def torchs(q: Tensor, k: Tensor, v: Tensor, scale: float = scale) -> Tensor:
-            padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-            return F.scaled_dot_product_attention(q, k, padded, is_causal=True, scale=scale)[..., : v.shape[-1]]
-
-        ratios = compare(ours, torchs, tensors, pairs=options.pairs, clock=clock)
+        ours = functools.partial(run, scale=scale, with_max=True, backend=None)
+        ratios = compare(ours, functools.partial(run_torchs, scale=scale), tensors, limit=options.seconds, clock=clock)
         median, low, high = median_with_interval(ratios)
         print(f"| {', '.join(map(str, shape))} | {median:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
 

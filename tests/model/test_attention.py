@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from k2train.model import Attention, Transformer
+from k2train.model.max_logits import CANDIDATES
 from k2train.model.rope import rope_frequencies, rope_table
 
 MakeModel = Callable[..., Transformer]
@@ -150,7 +151,7 @@ def test_fallbacks_are_counted_until_the_reset(make_model: MakeModel, monkeypatc
     for passes in (1, 2):
         layer(hidden(), cos, sin)
         assert layer.max_logit_fallbacks.item() == 0, passes  # healthy: the bound is below 20
-    assert (layer.max_logits - torch.tensor(40 - 8).log()).abs().max() < 1e-5
+    assert (layer.max_logits - torch.tensor(40 - CANDIDATES).log()).abs().max() < 1e-5
     layer.reset_max_logits()
     layer.exact_above = 1.0
     for passes in (1, 2):
