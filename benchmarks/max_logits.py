@@ -3,8 +3,9 @@
     python benchmarks/max_logits.py [--seconds 8] [--threads 1]
 
 With and without are run in turn, in alternating order, for so many seconds a line and 20 pairs at least; a share is
-the median over the pairs, with the interval that holds the true median with 95 %. On a CPU with one thread the clock is the process's own, so that other work on the
-machine disturbs less. Shapes: B batch, H heads, T tokens, d query and key dims, V value dims.
+the median over the pairs, with the interval that holds the true median with 95 %. On a CPU with one thread the clock
+is the process's own, so that other work on the machine disturbs less. Shapes: B batch, H heads, T tokens, d query and
+key dims, V value dims.
 
 The bars, at T >= 512: 1 % when healthy, 2 % with a quarter of the heads hot (largest logit 160); error 1e-3 there.
 """
@@ -26,11 +27,11 @@ from k2train.model.max_logits import max_logits_by_blocks
 
 # (B, H, T, d, V): the heads of the model `nano`, and wider ones up to Kimi K2's.
 SHAPES = [
-    (2, 4, 256, 48, 32),
-    (1, 4, 512, 48, 32),
-    (1, 4, 2048, 48, 32),
+    (16, 4, 256, 48, 32),
+    (8, 4, 512, 48, 32),
+    (2, 4, 2048, 48, 32),
     (1, 4, 4096, 48, 32),
-    (1, 8, 512, 96, 64),
+    (2, 8, 512, 96, 64),
     (1, 8, 2048, 96, 64),
     (1, 8, 512, 192, 128),
     (1, 8, 2048, 192, 128),

@@ -68,20 +68,22 @@ class _BlockAttention(torch.autograd.Function):
         keep = any(ctx.needs_input_grad) and n * T * T // 2 <= KEPT_PROBABILITIES
         q, k = _wide(q_nTd), _wide(k_nTd)
         mask = q.new_full((min(ROWS, T), min(ROWS, T)), float("-inf")).triu_(1)
-        out, maxima, kept = torch.empty_like(v_nTV), q.new_full((n,), float("-inf")), []
+        out, kept = torch.empty_like(v_nTV), []
+        maxima = q.new_full((n, -(-T // ROWS)), float("-inf"))
         for block in _blocks(n, T, size, starts_nT):
             group, start, stop, first = block
             logits = _logits(q, k, mask, starts_nT, block, scale)
             if with_max:
-                maxima[group] = torch.maximum(maxima[group], logits.amax((1, 2)))
+                torch.amax(logits, (1, 2), out=maxima[group, start // ROWS])
             probabilities = logits.softmax(-1).to(v_nTV.dtype)
             out[group, start:stop] = torch.bmm(probabilities, v_nTV[group, first:stop])
             if keep:
                 kept.append(probabilities)
         ctx.save_for_backward(q_nTd, k_nTd, v_nTV, mask, starts_nT, *kept)
         ctx.scale, ctx.size = scale, size
-        ctx.mark_non_differentiable(maxima)
-        return out, maxima
+        largest = maxima.amax(1)
+        ctx.mark_non_differentiable(largest)
+        return out, largest
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
