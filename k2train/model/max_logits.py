@@ -101,5 +101,5 @@ def max_logits_by_lse(
     if candidates >= T:
         return found, found
     rest = top.values[:, :, candidates].amax(0)
-    certified = (rest <= found + ROUNDING * found.abs()) | found.isnan()
+    certified = rest <= found + ROUNDING * found.abs()
     return found, torch.where(certified, found, torch.maximum(found, rest))
