@@ -20,6 +20,8 @@ from k2train.model.rope import heads, softmax_scale
 
 # DeepSeek-V3 and Kimi K2 norm their latents with this, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
+# Far below K2's tau of 100, and of the tau of 30 that small models are clipped at.
+HEALTHY = 20.0
 
 
 class Attention(Float32Buffers):
@@ -27,11 +29,18 @@ class Attention(Float32Buffers):
 
     Follows QK-Clip's protocol: ``max_logits`` [H] fp32 is the largest logit of each head over the forward passes in
     training mode since ``reset_max_logits`` (-inf when there was none, NaN when a logit was NaN), and ``row_scales``
-    says which rows of which weights the clip multiplies.
+    says which rows of which weights the clip multiplies. ``max_logit_fallbacks`` counts the heads of those passes whose
+    maximum the attention kernel's log-sum-exp did not tell (see ``causal.attention``): more than a few cost time on a
+    CPU, and on a GPU clip by too much.
+
+    Attributes:
+        exact_above: a head whose logits provably do not exceed this may report that bound instead of its maximum. No
+            more than QK-Clip's tau. (Kernels that see their logits, such as the one for CPUs, are always exact.)
     """
 
     float32_buffers: ClassVar[tuple[str, ...]] = ("max_logits",)
     max_logits: Tensor
+    max_logit_fallbacks: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,15 +61,18 @@ class Attention(Float32Buffers):
         self.kv_a_layernorm = RMSNorm(self.kv_latent, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.kv_latent, H * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(H * self.value, D, bias=False)
+        self.exact_above = HEALTHY
         self.register_buffer("max_logits", torch.empty(H, dtype=torch.float32), persistent=False)
+        self.register_buffer("max_logit_fallbacks", torch.empty((), dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Mixes tokens.
 
         Args:
             x_BTD: normed input.
             cos_TR: [T, R/2] of ``rope_table``.
             sin_TR: [T, R/2].
+            starts_BT: int64, the position of the first token of each token's document; None for one document a row.
 
         Returns:
             [B, T, D].
@@ -70,15 +82,19 @@ class Attention(Float32Buffers):
         latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent))
         q, k, v = heads(q.view(B, T, self.heads, -1), kv.view(B, T, self.heads, -1), rope_key, cos_TR, sin_TR)
-        out_BHTV, largest = attention(q, k, v, scale=self.scale, with_max=counts(self))
-        if largest is not None:
-            self.max_logits = torch.maximum(self.max_logits, largest)
+        out_BHTV, maxima = attention(
+            q, k, v, starts_BT, scale=self.scale, with_max=counts(self), exact_above=self.exact_above
+        )
+        if maxima is not None:
+            self.max_logits = torch.maximum(self.max_logits, maxima.largest)
+            self.max_logit_fallbacks = self.max_logit_fallbacks + maxima.fallbacks
         out: Tensor = self.o_proj(out_BHTV.transpose(1, 2).reshape(B, T, -1))
         return out
 
     def reset_max_logits(self) -> None:
         """Forgets the maxima: the next forward pass in training mode starts a new step."""
         self.max_logits = torch.full_like(self.max_logits, float("-inf"))
+        self.max_logit_fallbacks = torch.zeros_like(self.max_logit_fallbacks)
 
     def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """What multiplies each row of a weight so that head h's logits shrink by gamma_h (arXiv 2507.20534, 2.1).

@@ -1,123 +1,140 @@
 """Causal softmax attention that also tells each head's largest logit.
 
-Shapes: B batch, H heads, n = B*H, T tokens, d query and key dims, V value dims (V and d may differ).
+Shapes: B batch, H heads, T tokens, d query and key dims, V value dims (V and d may differ). Documents packed into one
+sequence are told by ``starts_BT``: query i sees the keys ``starts[i] <= j <= i``, those of its own document so far.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from k2train.model.max_logits import max_logits_by_blocks
+from k2train.model import kernels
+from k2train.model.block_attention import block_attention
+from k2train.model.max_logits import max_logits_by_blocks, max_logits_by_lse
 
-# Rows of q a block on the CPU: of 32, 64, 128 and 256, 64 and 128 were fastest; the logits of a block stay in cache.
-ROWS = 128
-# Probabilities that one call may keep for its backward pass; above, they are computed again. 64 MiB in fp32.
-KEPT_PROBABILITIES = 2**24
+# Kernels that return the log-sum-exp, by the name that `attention` takes.
+LSE_KERNELS = {
+    "flash_cpu": kernels.flash_cpu,
+    "flash": kernels.flash,
+    "efficient": kernels.efficient,
+    "cudnn": kernels.cudnn,
+}
+BACKENDS = ("block", *LSE_KERNELS, "flex", "math")
+_OF_TORCH = {
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+    SDPBackend.CUDNN_ATTENTION.value: "cudnn",
+}
 
 
-class _BlockAttention(torch.autograd.Function):
-    """Attention by blocks of rows against the keys that they can see: nothing above the diagonal is computed.
+class MaxLogits(NamedTuple):
+    """The largest logits of one call.
 
-    It has the logits at hand, so that their maxima cost one read in cache, in any dtype exactly. Measured in fp32 on a
-    CPU, forward and backward, against torch's flash kernel with V padded to d (which tells no maxima): 1.2 to 1.4 times
-    as fast at 256 and 512 tokens, about as fast at 2048, 0.8 times at 4096, where probabilities are made again.
+    Attributes:
+        largest: [H] fp32, without gradient.
+        fallbacks: how many heads' maxima the log-sum-exp did not tell, an integer on the device.
     """
 
-    @staticmethod
-    def _block(q_nTd: Tensor, k_nTd: Tensor, mask: Tensor, start: int, scale: float) -> Tensor:
-        stop = start + mask.shape[0]
-        # beta=0 ignores the first argument: this is bmm with a scale.
-        out = torch.baddbmm(
-            q_nTd[:1, :1, :1], q_nTd[:, start:stop], k_nTd[:, :stop].transpose(1, 2), beta=0, alpha=scale
-        )
-        # A triangle of zeros, then a sum: a fifth of the time of masked_fill_, and a hidden infinity makes no NaN.
-        out[:, :, start:].tril_().add_(mask)
-        return out
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_nTd: Tensor, k_nTd: Tensor, v_nTV: Tensor, scale: float, with_max: bool
-    ) -> tuple[Tensor, Tensor]:
-        n, T, _ = q_nTd.shape
-        keep = any(ctx.needs_input_grad) and n * T * T // 2 <= KEPT_PROBABILITIES
-        q, k = _wide(q_nTd), _wide(k_nTd)
-        mask = q.new_full((min(ROWS, T), min(ROWS, T)), float("-inf")).triu_(1)
-        out, maxima, kept = torch.empty_like(v_nTV), q.new_full((n,), float("-inf")), []
-        for start in range(0, T, ROWS):
-            stop = min(start + ROWS, T)
-            logits = _BlockAttention._block(q, k, mask[: stop - start, : stop - start], start, scale)
-            if with_max:
-                maxima = torch.maximum(maxima, logits.amax((1, 2)))
-            probabilities = logits.softmax(-1).to(v_nTV.dtype)
-            out[:, start:stop] = torch.bmm(probabilities, v_nTV[:, :stop])
-            if keep:
-                kept.append(probabilities)
-        ctx.save_for_backward(q_nTd, k_nTd, v_nTV, mask, *kept)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(maxima)
-        return out, maxima
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, mask, *kept = ctx.saved_tensors
-        T, scale = q.shape[1], ctx.scale
-        grad_q = torch.empty_like(q)
-        # Summed over blocks, hence in fp32 at least.
-        grad_k, grad_v = torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
-        for block, start in enumerate(range(0, T, ROWS)):
-            stop = min(start + ROWS, T)
-            if kept:
-                p = kept[block]
-            else:
-                part = mask[: stop - start, : stop - start]
-                p = _BlockAttention._block(_wide(q), _wide(k), part, start, scale).softmax(-1).to(v.dtype)
-            grad_rows = grad[:, start:stop]
-            grad_p = torch.bmm(grad_rows, v[:, :stop].transpose(1, 2))
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_q[:, start:stop] = torch.baddbmm(q[:1, :1, :1], grad_s, k[:, :stop], beta=0, alpha=scale)
-            _add_bmm(grad_k[:, :stop], grad_s.transpose(1, 2), q[:, start:stop], scale)
-            _add_bmm(grad_v[:, :stop], p.transpose(1, 2), grad_rows, 1.0)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+    largest: Tensor
+    fallbacks: Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in fp32 at least. A logit of 130 in bf16 is off by up to 0.5, and so would be its place in the softmax."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def choose_backend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, starts_BT: Tensor | None, *, scale: float) -> str:
+    """The fastest kernel for these inputs: on a CPU always the block attention, on CUDA what torch itself would take.
+
+    torch's choice knows the card, the dtype, the widths and who is differentiated, and heeds
+    ``torch.nn.attention.sdpa_kernel``.
+
+    Returns:
+        One of ``BACKENDS``.
+    """
+    if q_BHTd.device.type == "cpu":
+        return "block"
+    if q_BHTd.device.type != "cuda":
+        return "math"
+    mask = None
+    if starts_BT is not None:  # only whether there is a mask, and its shape, matter here
+        B, T = starts_BT.shape
+        mask = q_BHTd.new_empty(T).expand(B, 1, T, T)
+    chosen = torch._fused_sdp_choice(q_BHTd, k_BHTd, v_BHTV, mask, 0.0, mask is None, scale=scale)
+    return _OF_TORCH.get(chosen, "math")
 
 
-def _add_bmm(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``total += scale * a @ b`` where a and b may be of a narrower dtype than total."""
-    if a.dtype == total.dtype:
-        total.baddbmm_(a, b, alpha=scale)
-    else:
-        total.add_(torch.bmm(a, b), alpha=scale)
+def _from_lse(
+    q_BHTd: Tensor, k_BHTd: Tensor, lse_BHT: Tensor, starts_BT: Tensor | None, *, scale: float, exact_above: float
+) -> MaxLogits:
+    found, bound = max_logits_by_lse(q_BHTd, k_BHTd, lse_BHT, starts_BT, scale=scale)
+    # Written so that a NaN in the bound alone is unsure, and one among the logits found is an answer.
+    unsure = ~((bound <= found) | (bound <= exact_above) | found.isnan())
+    if not q_BHTd.is_cuda and bool(unsure.any()):
+        bound[unsure] = max_logits_by_blocks(q_BHTd[:, unsure], k_BHTd[:, unsure], starts_BT, scale=scale)
+    return MaxLogits(bound, unsure.sum())
 
 
 def attention(
-    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, *, scale: float, with_max: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``softmax(scale * q k^T) v`` over the visible pairs (key no later than query).
+    q_BHTd: Tensor,
+    k_BHTd: Tensor,
+    v_BHTV: Tensor,
+    starts_BT: Tensor | None = None,
+    *,
+    scale: float,
+    with_max: bool,
+    exact_above: float = float("-inf"),
+    backend: str | None = None,
+) -> tuple[Tensor, MaxLogits | None]:
+    """``softmax(scale * q k^T) v`` over the visible pairs.
+
+    The maxima are those of the logits in fp32, over the batch and all visible pairs, whatever dtype attention runs in.
+    Back ends that see the logits (block, flex, math) always tell them exactly. From a log-sum-exp they follow exactly
+    or as an upper bound (``max_logits_by_lse``). A bound of at most ``exact_above`` is reported as it is: such a head
+    is healthy. Any other such head is a fallback: on a CPU its maximum is computed by a pass of its own, on CUDA,
+    where looking would make the host wait, the bound is reported, and the head is clipped by too much at worst.
 
     Args:
         q_BHTd: queries.
         k_BHTd: keys.
         v_BHTV: values.
+        starts_BT: int64, the first key that a query sees, 0 <= starts[i] <= i; None for 0.
         scale: of the logits, positive.
         with_max: whether the largest logits are wanted.
+        exact_above: QK-Clip's tau, or less.
+        backend: one of ``BACKENDS``; None for ``choose_backend``.
 
     Returns:
-        out [B, H, T, V] and, if wanted, each head's largest logit [H]: exactly the maximum over the batch and all
-        visible pairs of the logits in fp32, whatever dtype attention runs in. It carries no gradient.
+        out [B, H, T, V] and, if wanted, the maxima.
+
+    Raises:
+        ValueError: starts is not [B, T] of int64, or there is no such back end.
     """
-    B, H, T, _ = q_BHTd.shape
-    if q_BHTd.is_cuda:
-        out = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=scale)
+    B, _, T, _ = q_BHTd.shape
+    if starts_BT is not None and (starts_BT.shape != (B, T) or starts_BT.dtype != torch.int64):
+        raise ValueError(
+            f"starts is {list(starts_BT.shape)} of {starts_BT.dtype}, but must be [{B}, {T}] of int64: "
+            "for every query the position of the first key that it sees"
+        )
+    name = backend or choose_backend(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale)
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}, or None")
+    none = torch.zeros((), dtype=torch.int64, device=q_BHTd.device)
+    if name == "block":
+        out, largest = block_attention(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale, with_max=with_max)
+        return out, MaxLogits(largest, none) if with_max else None
+    if name == "flex":
+        out, row_maxima = kernels.flex(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale)
+        return out, MaxLogits(row_maxima.detach().amax((0, 2)).float(), none) if with_max else None
+    if name == "math":
+        mask = None if starts_BT is None else kernels.document_bias(q_BHTd, starts_BT)
+        out = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, mask, is_causal=mask is None, scale=scale)
         with torch.no_grad():
-            return out, max_logits_by_blocks(q_BHTd, k_BHTd, scale=scale) if with_max else None
-    q, k, v = q_BHTd.flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
-    out, maxima = _BlockAttention.apply(q, k, v, scale, with_max)  # type: ignore[no-untyped-call]
-    return out.view(B, H, T, -1), maxima.view(B, H).amax(0).float() if with_max else None
+            largest = max_logits_by_blocks(q_BHTd, k_BHTd, starts_BT, scale=scale) if with_max else none
+        return out, MaxLogits(largest, none) if with_max else None
+    out, lse = LSE_KERNELS[name](q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale)
+    if not with_max:
+        return out, None
+    with torch.no_grad():
+        return out, _from_lse(q_BHTd, k_BHTd, lse, starts_BT, scale=scale, exact_above=exact_above)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from k2train.model import Attention, Transformer
+from k2train.model.max_logits import CANDIDATES
 from k2train.model.rope import rope_frequencies, rope_table
 
 MakeModel = Callable[..., Transformer]
@@ -125,6 +126,42 @@ def test_max_logits_stay_fp32_in_a_bf16_model(make_model: MakeModel) -> None:
     layer(hidden(dtype=torch.bfloat16), cos, sin)
     assert layer.max_logits.dtype == torch.float32
     assert not torch.equal(layer.max_logits, layer.max_logits.bfloat16().float())
+
+
+@pytest.mark.parametrize("backend", ["block", "flash_cpu", "math"])
+def test_documents_do_not_see_each_other(make_model: MakeModel, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and maxima of the documents in one row are those of each by itself at its positions."""
+    monkeypatch.setattr("k2train.model.causal.choose_backend", lambda *_, **__: backend)
+    layer, cos, sin = first_attention(make_model())
+    layer.exact_above = float("-inf")
+    starts = torch.where(torch.arange(40) < 25, 0, 25).expand(2, -1)
+    together, maxima = layer(hidden(), cos, sin, starts), layer.max_logits
+    layer.reset_max_logits()
+    apart = [layer(hidden()[:, part], cos[part], sin[part]) for part in (slice(0, 25), slice(25, 40))]
+    torch.testing.assert_close(together, torch.cat(apart, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(maxima, layer.max_logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(layer(hidden(), cos, sin), together, atol=1e-3)
+
+
+def test_fallbacks_are_counted_until_the_reset(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("k2train.model.causal.choose_backend", lambda *_, **__: "flash_cpu")
+    layer, cos, sin = first_attention(make_model().bfloat16().float())
+    assert layer.max_logit_fallbacks.dtype == torch.int64
+    with torch.no_grad():
+        layer.kv_b_proj.weight.zero_()  # flat heads: no row can be ruled out
+        layer.kv_a_proj_with_mqa.weight[12:] = 0.0
+    for passes in (1, 2):
+        layer(hidden(), cos, sin)
+        assert layer.max_logit_fallbacks.item() == 0, passes  # healthy: the bound is below 20
+    assert (layer.max_logits - torch.tensor(40 - CANDIDATES).log()).abs().max() < 1e-5
+    layer.reset_max_logits()
+    layer.exact_above = 1.0
+    for passes in (1, 2):
+        layer(hidden(), cos, sin)
+        assert layer.max_logit_fallbacks.item() == 3 * passes
+    assert layer.max_logits.tolist() == [0.0] * 3
+    layer.reset_max_logits()
+    assert layer.max_logit_fallbacks.item() == 0
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
