@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+
+K2_ALPHA = 0.5  # the square roots of arXiv 2507.20534, section 2.1
 
 
 class ClippableAttention(Protocol):
@@ -34,12 +38,13 @@ class ClippableAttention(Protocol):
     def reset_max_logits(self) -> None:
         """Starts a new step."""
 
-    def row_scales(self, gamma_H: Tensor, *, alpha: float) -> Iterable[tuple[Tensor, Tensor]]:
+    def row_scales(self, gamma_H: Tensor, *, alpha: float = K2_ALPHA) -> Iterable[tuple[Tensor, Tensor]]:
         """(parameter, [rows] factors): what each row is multiplied with so that head h's logits shrink by gamma_h.
 
         Where query and key of a head both belong to it alone, the query's rows take ``gamma ** alpha`` and the key's
         ``gamma ** (1 - alpha)``. Where heads share a key (grouped queries, the rope key of latent attention), scaling
-        it would change the others' logits: the query takes all of gamma, whatever alpha is.
+        it would change the others' logits: the query takes all of gamma, whatever alpha is. It is passed only if it
+        is not K2's: a module that shares by square roots alone needs no such argument.
 
         The parameters are those the optimizer got, not views of them; rows are the first dimension (a bias has one
         element a row). A gamma of 1 must give factors of exactly 1. A parameter that is named twice is scaled by both.
@@ -93,7 +98,7 @@ class QKClip:
         layers: Sequence[tuple[str, ClippableAttention]],
         *,
         tau: float = 100.0,
-        alpha: float = 0.5,
+        alpha: float = K2_ALPHA,
         process_group: dist.ProcessGroup | None = None,
         observe_only: bool = False,
     ) -> None:
@@ -121,6 +126,11 @@ class QKClip:
                 raise ValueError(
                     f"{name} ({type(layer).__name__}) cannot be clipped: it lacks {', '.join(missing)}; "
                     "see muonclip.qk_clip.ClippableAttention"
+                )
+            if alpha != K2_ALPHA and "alpha" not in signature(layer.row_scales).parameters:
+                raise ValueError(
+                    f"alpha={alpha}, but row_scales of {name} ({type(layer).__name__}) takes no alpha: write "
+                    f"row_scales(self, gamma_H, *, alpha={K2_ALPHA}), or leave it at {K2_ALPHA}"
                 )
         self.layers = list(layers)
         self.tau = tau
@@ -234,6 +244,7 @@ class QKClip:
                 )
 
     def _row_scales(self, gammas: Iterable[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        shares = {} if self.alpha == K2_ALPHA else {"alpha": self.alpha}
         for (name, layer), gamma_H in zip(self.layers, gammas, strict=True):
-            for weight, scales in layer.row_scales(gamma_H, alpha=self.alpha):
+            for weight, scales in layer.row_scales(gamma_H, **shares):
                 yield name, weight, scales

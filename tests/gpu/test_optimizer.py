@@ -25,7 +25,7 @@ class Attention:
     def reset_max_logits(self) -> None:
         self.max_logits = torch.full((4,), -math.inf, device=self.weight.device)
 
-    def row_scales(self, gamma_H, *, alpha):
+    def row_scales(self, gamma_H, *, alpha=0.5):
         yield self.weight, gamma_H.repeat_interleave(16)
 
 

@@ -23,7 +23,7 @@ class Layer:
     def reset_max_logits(self) -> None:
         self.max_logits = torch.full((2,), -math.inf)
 
-    def row_scales(self, gamma_H, *, alpha):
+    def row_scales(self, gamma_H, *, alpha=0.5):
         yield self.weight, gamma_H.repeat_interleave(6)
 
 

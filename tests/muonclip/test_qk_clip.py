@@ -35,7 +35,7 @@ class MultiHead(nn.Module):
     def reset_max_logits(self):
         self.max_logits = torch.full_like(self.max_logits, -math.inf)
 
-    def row_scales(self, gamma_H, *, alpha):
+    def row_scales(self, gamma_H, *, alpha=0.5):
         q_rows, k_rows = ((gamma_H**share).repeat_interleave(self.head_dim) for share in (alpha, 1 - alpha))
         yield from ((self.q.weight, q_rows), (self.q.bias, q_rows), (self.k.weight, k_rows))
 
@@ -51,7 +51,7 @@ class Grouped(MultiHead):
         q, k = (f(x_TD).unflatten(-1, (-1, self.head_dim)).transpose(0, 1) for f in (self.q, self.k))
         return q @ k.repeat_interleave(2, 0).mT / self.head_dim**0.5
 
-    def row_scales(self, gamma_H, *, alpha):
+    def row_scales(self, gamma_H, *, alpha=0.5):
         rows = gamma_H.repeat_interleave(self.head_dim)
         yield from ((self.q.weight, rows), (self.q.bias, rows))
 
@@ -73,7 +73,7 @@ class Latent(MultiHead):
         k_nope = self.kv(x_TD).view(T, self.heads, -1).transpose(0, 1)[..., : self.nope]
         return (q_nope @ k_nope.mT + q_rope @ self.k_rope(x_TD).mT) / (self.nope + self.rope) ** 0.5
 
-    def row_scales(self, gamma_H, *, alpha):
+    def row_scales(self, gamma_H, *, alpha=0.5):
         q_nope, k_nope = ((gamma_H**share)[:, None].expand(-1, self.nope) for share in (alpha, 1 - alpha))
         yield self.q.weight, torch.cat((q_nope, gamma_H[:, None].expand(-1, self.rope)), 1).flatten()
         yield self.kv.weight, torch.cat((k_nope, torch.ones_like(k_nope)), 1).flatten()
@@ -130,6 +130,17 @@ def test_alpha_is_the_share_of_the_query(alpha, q, k):
     torch.testing.assert_close(layer.k.weight, k_before * k)
 
 
+def test_a_module_that_knows_square_roots_alone_is_clipped_at_k2s_alpha():
+    layer = MultiHead()
+    layer.row_scales = lambda gamma_H, whole=layer.row_scales: whole(gamma_H)
+    layer(3 * torch.randn(16, 32))
+    clip = QKClip([("attention", layer)], tau=0.1)
+    clip.gather()
+    assert (clip.gamma < 1).all()
+    with pytest.raises(ValueError, match="row_scales of attention .MultiHead. takes no alpha"):
+        QKClip([("attention", layer)], tau=0.1, alpha=0.3)
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
 def test_alpha_must_be_a_share(alpha):
     with pytest.raises(ValueError, match=f"alpha={alpha} must be from 0 to 1"):
@@ -164,7 +175,7 @@ def test_a_shard_of_heads_at_or_below_tau_stays_bit_identical(cut):
     bounds = (0, cut), (cut, 32 * 32)
     for rank, (start, stop) in enumerate(bounds):
         layer = MultiHead()
-        layer.row_scales = lambda gamma, *, alpha, q=layer.q: [(q.weight, gamma.repeat_interleave(8))]
+        layer.row_scales = lambda gamma, *, alpha=0.5, q=layer.q: [(q.weight, gamma.repeat_interleave(8))]
         clip = QKClip([("attention", layer)], tau=1.0)
         group = {"params": [("q", layer.q.weight)], "algorithm": "adamw"}
         optimizer = MuonClip([group], lr=0.0, qk_clip=clip)
@@ -346,7 +357,7 @@ def test_layers_may_differ_in_their_number_of_heads():
 
 def test_a_weight_named_twice_is_scaled_by_both():
     class Fused(MultiHead):
-        def row_scales(self, gamma_H, *, alpha):
+        def row_scales(self, gamma_H, *, alpha=0.5):
             rows, ones = gamma_H.sqrt().repeat_interleave(8), torch.ones(32)
             yield self.q.weight, torch.cat((rows[:16], ones[:16]))
             yield self.q.weight, torch.cat((ones[:16], rows[16:]))
@@ -391,11 +402,11 @@ def test_tau_must_be_positive(tau):
 
 def test_a_weight_that_the_optimizer_does_not_have_is_refused():
     class View(MultiHead):
-        def row_scales(self, gamma_H, *, alpha):
+        def row_scales(self, gamma_H, *, alpha=0.5):
             yield self.q.weight.view(32, 32), gamma_H.repeat_interleave(8)
 
     class Short(MultiHead):
-        def row_scales(self, gamma_H, *, alpha):
+        def row_scales(self, gamma_H, *, alpha=0.5):
             yield self.q.weight, gamma_H
 
     with pytest.raises(ValueError, match=r"row_scales of attention names a tensor.*not a view"):

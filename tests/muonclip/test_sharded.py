@@ -37,7 +37,7 @@ class Attention:
     def reset_max_logits(self) -> None:
         self.max_logits = torch.full((2,), -math.inf)
 
-    def row_scales(self, gamma_H, *, alpha):
+    def row_scales(self, gamma_H, *, alpha=0.5):
         rows = gamma_H.repeat_interleave(4)
         yield from ((self.weight, rows), (self.bias, rows))
 
