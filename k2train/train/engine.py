@@ -26,9 +26,13 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 def build_clip(config: OptimConfig, model: Transformer) -> QKClip:
     """QK-Clip over all attention layers; without a clip in the config it measures the logits all the same."""
+    layers = model.attention_layers()
+    tau = config.tau if config.tau is not None else float("inf")
+    for _, layer in layers:
+        layer.exact_above = min(layer.exact_above, tau)
     return QKClip(
-        model.attention_layers(),
-        tau=config.tau if config.tau is not None else float("inf"),
+        layers,
+        tau=tau,
         alpha=config.alpha,
         observe_only=config.name != "muonclip",
     )

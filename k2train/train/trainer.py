@@ -138,13 +138,14 @@ class Trainer:
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         imbalance = self._update_router_bias(applied=applied)
+        untold = torch.stack([layer.max_logit_fallbacks for _, layer in self.model.attention_layers()]).sum()
         clip.reset()
         max_logit, clipped, invalid = (
             v.item() for v in (clip.max_logits.max(), (clip.gamma < 1).sum(), clip.invalid.sum())
         )
 
         micro_batches = self._micro_batches() * self.world.size
-        loss, balance = (v / micro_batches for v in sum_across([loss_sum, balance_sum], device=self.world.device))
+        loss, balance, fallbacks = sum_across([loss_sum, balance_sum, untold], device=self.world.device)
         self.progress.step += 1
         seconds = time.perf_counter() - begin
         self.progress.elapsed += seconds
@@ -161,15 +162,20 @@ class Trainer:
         return {
             "step": self.progress.step,
             "tokens": self.progress.step * tokens,
-            "loss": loss,
-            "bits_per_byte": loss / math.log(2) * self.dataset.tokens("train") / self.dataset.bytes("train"),
-            "balance_loss": balance,
+            "loss": loss / micro_batches,
+            "bits_per_byte": loss
+            / micro_batches
+            / math.log(2)
+            * self.dataset.tokens("train")
+            / self.dataset.bytes("train"),
+            "balance_loss": balance / micro_batches,
             "lr": config.optim.lr * factor,
             "grad_norm": float(self.engine.get_global_grad_norm()),
             "tokens_per_second": tokens / seconds,
             "max_logit": max_logit,
             "clipped_heads": clipped,
             "invalid_heads": invalid,
+            "max_logit_fallbacks": int(fallbacks),  # heads whose largest logit the attention kernel did not tell
             "balance_max": imbalance,
             "applied": applied,
             "elapsed": self.progress.elapsed,

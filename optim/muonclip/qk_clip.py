@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-
 K2_ALPHA = 0.5  # the square roots of arXiv 2507.20534, section 2.1
 
 

@@ -51,8 +51,8 @@ def test_two_processes_with_experts_shared_out_and_every_head_clipped(tmp_path):
 
 
 def rows(fault: str | None) -> list[Row]:
-    muon = Rule("layers.0.experts.w1", "expert", (4, 6, 9), "muon", 0.01, 0.1)
-    adamw = Rule("norm.weight", "norm", (9,), "adamw", 0.01, 0.0)
+    muon = Rule("layers.0.experts.w1", "expert", (4, 6, 9), "muon", 0.01, 0.1, ((6, 9),) * 4)
+    adamw = Rule("norm.weight", "norm", (9,), "adamw", 0.01, 0.0, ())
     return [
         Row(muon, 8, (0.5, 1.13), (0.5, 1.13), (0.17, 0.19), (0.17, 0.19), fault),
         Row(adamw, 0, None, None, (1.0, 1.0), (1.0, 1.0), None),
