@@ -45,7 +45,7 @@ def test_threads_sleep_soon_unless_the_person_says_otherwise(monkeypatch):
     assert main(["prepare"]) == 0
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert main(["prepare"]) == 0
-    assert seen == ["500", "7"]
+    assert seen == ["2000", "7"]
 
 
 @pytest.mark.parametrize("name", ["prepare", "train", "generate"])
