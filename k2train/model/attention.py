@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from k2train.config import ModelConfig
-from k2train.model.causal import attention
+from k2train.model.causal import attention, choose_backend
 from k2train.model.float32 import Float32Buffers, counts
 from k2train.model.norm import RMSNorm
 from k2train.model.rope import heads, softmax_scale
@@ -90,6 +90,12 @@ class Attention(Float32Buffers):
             self.max_logit_fallbacks = self.max_logit_fallbacks + maxima.fallbacks
         out: Tensor = self.o_proj(out_BHTV.transpose(1, 2).reshape(B, T, -1))
         return out
+
+    def backend(self, length: int) -> str:
+        """The name of the attention kernel (``causal.BACKENDS``) that sequences of this many tokens take here."""
+        weight = self.o_proj.weight  # of the device and dtype that attention runs in
+        q = weight.new_empty(1, self.heads, length, self.nope + self.rope)
+        return choose_backend(q, q, q[..., : self.value], None, scale=self.scale)
 
     def reset_max_logits(self) -> None:
         """Forgets the maxima: the next forward pass in training mode starts a new step."""

@@ -81,7 +81,7 @@ def newton_schulz(
     else:
         x = _normalised(matrices).to(dtype)
     x = x if x.ndim == 2 else x.flatten(0, -3)
-    rounded = dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_multiplies_bfloat16()
+    rounded = dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bfloat16()
     x = x.float() if rounded else x
     iterate = _iterate_gram if by_gram else _iterate
     x = iterate(x, coefficients, _through_bfloat16 if rounded else _as_it_is).to(dtype).view(shape)
@@ -196,7 +196,7 @@ def _multiply_add(x: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha:
 
 
 @cache
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
     """Whether torch has bfloat16 products for this CPU; what it falls back to otherwise is over ten times slower."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # what torch's own compiler asks
     return supported is not None and bool(supported())

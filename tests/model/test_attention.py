@@ -185,3 +185,9 @@ def test_recomputation_is_not_counted(
         )
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def test_the_kernel_has_a_name(make_model: MakeModel) -> None:
+    (_, layer), *_ = make_model().attention_layers()
+    assert layer.backend(64) == "block"
+    assert layer.to("meta").backend(64) == "math"

@@ -137,8 +137,8 @@ def test_float32_equals_float64_for_any_shape_scale_and_spectrum(rows, columns, 
         values = torch.ones(1) if kind == "rank 1" else torch.logspace(0, -6, short)
         matrix = with_singular_values(values.double(), rows, columns).float()
     matrix = matrix * 10.0**exponent
-    # Of a matrix of low rank the polynomial multiplies rounding errors by 3.4445**5 = 485, as it does all small singular
-    # values: without a wide first step this would be 3e-5.
+    # Of a matrix of low rank the polynomial multiplies rounding errors by 3.4445**5 = 485, as it does all small
+    # singular values: without a wide first step this would be 3e-5.
     assert (newton_schulz(matrix) - oracle(matrix)).abs().max() <= 1e-5
 
 
@@ -196,7 +196,7 @@ def test_the_gram_form_is_used_from_a_ratio_of_three(shape, differs):
 
 def test_bfloat16_by_way_of_float32_rounds_every_product_of_bfloat16_numbers_once(monkeypatch):
     """Against sums in float64 of the same bfloat16 numbers, rounded once."""
-    monkeypatch.setattr("muonclip.orthogonalize._cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("muonclip.orthogonalize.cpu_multiplies_bfloat16", lambda: False)
     matrix = torch.randn(24, 40, generator=torch.Generator().manual_seed(10))
     low = (matrix / matrix.norm()).bfloat16()
     for a, b, c in QUINTIC[:1]:
@@ -232,7 +232,7 @@ def test_bfloat16_gives_the_same_numbers_with_and_without_support_of_the_cpu(mon
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         supported = dtype == torch.bfloat16
-        monkeypatch.setattr("muonclip.orthogonalize._cpu_multiplies_bfloat16", lambda supported=supported: supported)
+        monkeypatch.setattr("muonclip.orthogonalize.cpu_multiplies_bfloat16", lambda supported=supported: supported)
         with Products() as products:
             found.append(newton_schulz(matrices, dtype=torch.bfloat16, gram=gram).float())
         assert products.dtypes == {dtype}
