@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from measure import interval
 from torch import Tensor
 
 from k2train.model import causal
@@ -51,14 +51,6 @@ def inputs(B: int, H: int, T: int, d: int, V: int, *, hot: bool, device: str, dt
         largest = max_logits_by_blocks(q, k, scale=d**-0.5)
         q[:, : H // 4] *= (HOT / largest)[: H // 4, None, None]
     return [x.to(device, dtype).requires_grad_(x is not grad) for x in (q, k, v, grad)]
-
-
-def median_with_interval(values: list[float]) -> tuple[float, float, float]:
-    """Median and its 95 % interval by ranks (normal approximation of the binomial)."""
-    values, n = sorted(values), len(values)
-    reach = 0.98 * n**0.5
-    low, high = max(0, round((n - 1) / 2 - reach)), min(n - 1, round((n - 1) / 2 + reach))
-    return statistics.median(values), values[low], values[high]
 
 
 def compare(
@@ -148,7 +140,7 @@ def print_inside(clock: Callable[[], float]) -> None:
             cells = [", ".join(map(str, shape)), "a quarter hot" if hot else "healthy"]
             for backend in ("block", "flash_cpu"):
                 shares = share_inside(tensors, backend=backend, clock=clock)
-                median, low, high = (100 * x for x in median_with_interval(shares))
+                median, low, high = (100 * x for x in interval(shares))
                 cells.append(f"{median:.2f} % ({low:.2f} to {high:.2f})")
             print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -183,7 +175,7 @@ def main() -> None:
                     runs["chunked pass"] = functools.partial(run_and_pass, scale=scale, backend=backend)
                 for name, with_ in runs.items():
                     ratios = compare(without, with_, tensors, limit=options.seconds, clock=clock)
-                    median, low, high = (100 * (x - 1) for x in median_with_interval(ratios))
+                    median, low, high = (100 * (x - 1) for x in interval(ratios))
                     wrong = ""
                     if hot:
                         maxima = attention(q, k, v, scale=scale, with_max=True, exact_above=TAU, backend=backend)[1]
@@ -208,7 +200,7 @@ def main() -> None:
         scale = shape[3] ** -0.5
         ours = functools.partial(run, scale=scale, with_max=True, backend=None)
         ratios = compare(ours, functools.partial(run_torchs, scale=scale), tensors, limit=options.seconds, clock=clock)
-        median, low, high = median_with_interval(ratios)
+        median, low, high = interval(ratios)
         print(f"| {', '.join(map(str, shape))} | {median:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
 
 

@@ -18,18 +18,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import math
-import os
-import platform
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
+from measure import BFLOAT16, interleaved, interval, machine
 from muonclip import MuonClip
 
 Shape = tuple[int, ...]
@@ -39,7 +34,6 @@ SHAPES: dict[str, list[Shape]] = {
     "thousand small": [(32, 64)] * 1000,
     "few": [(96, 192)] * 4 + [(64, 256)] * 2,
 }
-BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 REFERENCE = "MuonClip, float32"
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -158,49 +152,14 @@ def parameters(shapes: list[Shape], *, stacks: bool) -> list[torch.nn.Parameter]
     return found
 
 
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """The median, and the order statistics around it that hold the true one with 95 % confidence if there are six."""
-    ordered = sorted(ratios)
-    n, low, missed = len(ordered), 0, 2 * 0.5 ** len(ordered)
-    while low + 1 < n // 2 and (more := missed + 2 * math.comb(n, low + 1) * 0.5**n) <= 0.05:
-        low, missed = low + 1, more
-    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
+def stepping(optimizer: torch.optim.Optimizer, patched: bool) -> Callable[[int], None]:
+    """A step, in float32 for bfloat16 if ``patched``."""
 
+    def step(_: int) -> None:
+        with float32_for_bfloat16(patched):
+            optimizer.step()
 
-def measure(optimizers: dict[str, tuple[torch.optim.Optimizer, bool]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, after one that does not count.
-
-    Args:
-        optimizers: by name, and whether each is to compute in float32 for bfloat16.
-        rounds: how many.
-    """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    order = list(optimizers)
-    for number in range(rounds + 1):
-        random.Random(number).shuffle(order)
-        for name in order:
-            optimizer, patched = optimizers[name]
-            with float32_for_bfloat16(patched):
-                begin = clock()
-                optimizer.step()
-                if number:
-                    seconds[name].append(clock() - begin)
-    return seconds
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    versions = [f"torch {torch.__version__}"]
-    for package in ("deepspeed", "muon-optimizer", "optimuon", "pytorch-optimizer"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    return (
-        f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"{'with' if BFLOAT16 else 'no'} bfloat16 products ({torch.backends.cpu.get_cpu_capability()}); "
-        + ", ".join(versions)
-    )
+    return step
 
 
 def main() -> None:
@@ -219,13 +178,15 @@ def main() -> None:
         others, absent = peers()
     ours = contestants()
     chosen = {n: m for n, m in (ours | others).items() if n == REFERENCE or (arguments.only or n) in n}
-    print(f"{machine()}\n\nShapes: {arguments.shapes}; peers in {arguments.peers_in}; {arguments.rounds} rounds.\n")
+    print(machine("deepspeed", "muon-optimizer", "optimuon", "pytorch-optimizer"))
+    print(f"\nShapes: {arguments.shapes}; peers in {arguments.peers_in}; {arguments.rounds} rounds.\n")
     print("| contestant | ms a step | median ratio | interval |\n| --- | ---: | ---: | ---: |")
-    optimizers = {}
+    steps = {}
     for name, make in chosen.items():
         with float32_for_bfloat16(name in others and patched):
-            optimizers[name] = make(parameters(shapes, stacks=name in ours)), name in others and patched
-    seconds = measure(optimizers, rounds=arguments.rounds)
+            optimizer = make(parameters(shapes, stacks=name in ours))
+        steps[name] = stepping(optimizer, name in others and patched)
+    seconds = interleaved(steps, rounds=arguments.rounds)
     for name, found in seconds.items():
         ratios = [a / b for a, b in zip(found, seconds[REFERENCE], strict=True)]
         median, low, high = interval(ratios)

@@ -14,8 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# rows sorted by expert [M, D], rows of each expert -> outputs [M, D]
-RunExperts = Callable[[Tensor, Tensor], Tensor]
+from k2train.model.permutation import combine, sorted_order, spread
+
+# tokens [N, D], their experts [N, K] and weights [N, K], tokens of each expert -> weighted sums [N, D]
+RunExperts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# tokens [N, D] -> the shared experts' outputs
+RunShared = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,77 +31,78 @@ class ExpertParallel:
     rank: int
 
 
-class _Spread(torch.autograd.Function):
-    """Token rows to expert order. Backward gathers and sums: deterministic, where index_add on a GPU is not."""
+class _Flight:
+    """A transfer under way: what started it keeps it here for what waits for it."""
+
+    def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
+        self._group, self._rows = group, {True: (sent, received), False: (received, sent)}
+
+    def start(self, rows: Tensor, *, forward: bool) -> Tensor:
+        """Sends rows; returns where others' will arrive: to be read after ``finish``."""
+        sent, received = self._rows[forward]
+        self._outgoing = rows.contiguous()  # must live until it has gone
+        self._arriving = rows.new_empty(sum(received), rows.shape[1])
+        self._work = dist.all_to_all_single(
+            self._arriving, self._outgoing, received, sent, group=self._group, async_op=True
+        )
+        return self._arriving
+
+    def finish(self) -> Tensor:
+        """Waits, and returns what arrived."""
+        self._work.wait()
+        arrived = self._arriving
+        del self._work, self._outgoing, self._arriving
+        return arrived
+
+
+class _Depart(torch.autograd.Function):
+    """First half of an all_to_all_single of uneven numbers of rows. What is computed before ``_Arrive`` overlaps.
+
+    The transpose is the exchange the other way: there ``_Arrive`` starts it and ``_Depart`` waits. Autograd runs what
+    was last computed first, so that the backward pass of what lies between overlaps too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, token_M: Tensor, place_M: Tensor) -> Tensor:
-        ctx.save_for_backward(place_M)
-        ctx.tokens = len(x_ND)
-        return x_ND.index_select(0, token_M)
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(rows, forward=True)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (place_M,) = ctx.saved_tensors
-        rows = grad.index_select(0, place_M)
-        return (rows if len(rows) == ctx.tokens else rows.view(ctx.tokens, -1, rows.shape[-1]).sum(1)), None, None
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.finish(), None
 
 
-class _Combine(torch.autograd.Function):
-    """The weighted sum of each token's K rows, from expert order."""
+class _Arrive(torch.autograd.Function):
+    """Second half."""
 
     @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, weights_NK: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:
-        ctx.save_for_backward(y_MD, weights_NK, order_M, place_M)
-        N, K = weights_NK.shape
-        rows_NKD = y_MD.index_select(0, place_M).view(N, K, -1)
-        wide = torch.promote_types(y_MD.dtype, weights_NK.dtype)
-        return torch.bmm(weights_NK[:, None].to(wide), rows_NKD.to(wide)).squeeze(1).to(y_MD.dtype)
+    def forward(ctx: Any, arriving: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.finish().view_as(arriving)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_MD, weights_NK, order_M, place_M = ctx.saved_tensors
-        grad_MD = grad.index_select(0, order_M // weights_NK.shape[1])
-        grad_weights = torch.linalg.vecdot(y_MD, grad_MD).to(weights_NK.dtype).index_select(0, place_M)
-        weights_M1 = weights_NK.flatten().index_select(0, order_M)[:, None].to(grad.dtype)
-        return grad_MD.mul_(weights_M1), grad_weights.view_as(weights_NK), None, None
-
-
-class _Exchange(torch.autograd.Function):
-    """all_to_all_single of uneven numbers of rows; its transpose is the exchange the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        out = x.new_empty(sum(received), x.shape[1])
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        out = grad.new_empty(sum(ctx.sent), grad.shape[1])
-        dist.all_to_all_single(out, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        return out, None, None, None
-
-
-def _sorted(key_M: Tensor) -> tuple[Tensor, Tensor]:
-    """The order that sorts rows by key, ties in the order given, and the place that each row then has."""
-    order = key_M.argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return order, place
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.start(grad, forward=False)
+        return grad, None  # of the right shape, which is all that _Depart needs of it
 
 
 class Dispatch(Protocol):
     """What a mixture-of-experts layer needs: every implementation gives the same outputs and gradients."""
 
     def __call__(
-        self, experts: RunExperts, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor, loads_E: Tensor
+        self,
+        experts: RunExperts,
+        shared: RunShared | None,
+        x_ND: Tensor,
+        index_NK: Tensor,
+        weights_NK: Tensor,
+        loads_E: Tensor,
     ) -> Tensor:
-        """The weighted sum over each token's experts.
+        """The weighted sum over each token's experts, and the shared experts.
 
         Args:
             experts: the experts of this process.
+            shared: the shared experts.
             x_ND: tokens of this process.
             index_NK: their experts, global numbers.
             weights_NK: fp32.
@@ -113,40 +118,56 @@ class LocalDispatch:
     """All experts are in this process."""
 
     def __call__(
-        self, experts: RunExperts, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor, loads_E: Tensor
+        self,
+        experts: RunExperts,
+        shared: RunShared | None,
+        x_ND: Tensor,
+        index_NK: Tensor,
+        weights_NK: Tensor,
+        loads_E: Tensor,
     ) -> Tensor:
         """See ``Dispatch``."""
-        order_M, place_M = _sorted(index_NK.flatten())
-        rows_MD = _Spread.apply(x_ND, order_M // index_NK.shape[1], place_M)  # type: ignore[no-untyped-call]
-        out: Tensor = _Combine.apply(experts(rows_MD, loads_E), weights_NK, order_M, place_M)  # type: ignore[no-untyped-call]
-        return out
+        out_ND = experts(x_ND, index_NK, weights_NK, loads_E)
+        return out_ND if shared is None else out_ND + shared(x_ND)
 
 
 class AllToAllDispatch:
     """Experts are shared out over a group: rows travel to them and back by two all-to-alls.
 
     Every process of the group must call it equally often, if with no token, in the forward and in the backward pass.
+    The shared experts are computed while rows travel.
     """
 
     def __init__(self, parallel: ExpertParallel) -> None:
         self.group, self.size = parallel.group, parallel.size
 
     def __call__(
-        self, experts: RunExperts, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor, loads_E: Tensor
+        self,
+        experts: RunExperts,
+        shared: RunShared | None,
+        x_ND: Tensor,
+        index_NK: Tensor,
+        weights_NK: Tensor,
+        loads_E: Tensor,
     ) -> Tensor:
         """See ``Dispatch``."""
-        order_M, place_M = _sorted(index_NK.flatten())
-        rows_MD = _Spread.apply(x_ND, order_M // index_NK.shape[1], place_M)  # type: ignore[no-untyped-call]
+        order_M, place_M = sorted_order(index_NK.flatten())
         # Sorted by global expert is sorted by process; what arrives is sorted by (source, own expert).
         sent_PF = loads_E.view(self.size, -1)
         received_PF = torch.empty_like(sent_PF)
         dist.all_to_all_single(received_PF, sent_PF, group=self.group)
         sent, received = torch.stack((sent_PF.sum(1), received_PF.sum(1))).tolist()
-        arrived = _Exchange.apply(rows_MD, sent, received, self.group)  # type: ignore[no-untyped-call]
+        there = _Flight(self.group, sent, received)
+        arriving = _Depart.apply(spread(x_ND, order_M, place_M), there)  # type: ignore[no-untyped-call]
+        shared_ND = None if shared is None else shared(x_ND)
+        arrived = _Arrive.apply(arriving, there)  # type: ignore[no-untyped-call]
+
         expert_F = torch.arange(sent_PF.shape[1], device=x_ND.device).repeat(self.size)
         expert_of_row = expert_F.repeat_interleave(received_PF.flatten(), output_size=sum(received))
-        order, place = _sorted(expert_of_row)
-        done = experts(_Spread.apply(arrived, order, place), received_PF.sum(0))  # type: ignore[no-untyped-call]
-        returned = _Exchange.apply(_Spread.apply(done, place, order), received, sent, self.group)  # type: ignore[no-untyped-call]
-        out: Tensor = _Combine.apply(returned, weights_NK, order_M, place_M)  # type: ignore[no-untyped-call]
-        return out
+        # A row that arrived is a token with one expert; its weight stayed at home.
+        one = weights_NK.new_ones(1, 1).expand(sum(received), 1)
+        done = experts(arrived, expert_of_row[:, None], one, received_PF.sum(0))
+        back = _Flight(self.group, received, sent)
+        returned = _Arrive.apply(_Depart.apply(done, back), back)  # type: ignore[no-untyped-call]
+        out_ND = combine(returned, weights_NK, order_M, place_M)
+        return out_ND if shared_ND is None else out_ND + shared_ND

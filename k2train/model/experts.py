@@ -1,98 +1,161 @@
-"""The routed experts: many SwiGLU of one shape, each over its own rows.
+"""The routed experts: many SwiGLU of one shape, each over the tokens that chose it.
 
-Shapes: M rows (a token once for each of its experts), sorted by expert; E experts of this process, D model,
-I intermediate. Weights are stacked: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I].
+Shapes: N tokens, K experts a token, M = N*K slots (slot n*K + k is token n for its k-th expert), R rows (the slots
+sorted by expert, and padding), E experts of this process, D model, I intermediate. Weights are stacked: w1 (gate) and
+w3 (up) [E, I, D], w2 (down) [E, D, I].
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k2train.model.permutation import combine, sorted_order, spread
+
+# oneDNN prepares a bf16 product anew for each number of rows that it has not met, which takes longer than the product.
+BF16_ROWS = 32
+
+
+class _Rows(NamedTuple):
+    """One expert's part."""
+
+    expert: int
+    place: slice  # among all rows
+    token: Tensor
+    weight: Tensor  # [rows, 1]
+
+
+def _row_multiple(x: Tensor) -> int:
+    return BF16_ROWS if x.dtype == torch.bfloat16 and not x.is_cuda else 1
+
+
+def _padded(order_M: Tensor, loads: Sequence[int], *, multiple: int) -> tuple[Tensor, list[int]]:
+    """The slot of each row, and rows of each expert: a ``multiple``; padding has the slot M, which is none."""
+    if multiple == 1:
+        return order_M, list(loads)
+    sizes = [-(-load // multiple) * multiple for load in loads]
+    parts = zip(torch.split(order_M, list(loads)), sizes, strict=True)
+    padded = [F.pad(slots, (0, size - len(slots)), value=len(order_M)) for slots, size in parts]
+    return torch.cat(padded), sizes
+
+
+def _rows(slot_R: Tensor, sizes: Sequence[int], weights_NK: Tensor) -> Iterator[_Rows]:
+    """The experts that have rows. Padding is the last token with weight 0."""
+    M, K = weights_NK.numel(), weights_NK.shape[1]
+    token_R = slot_R.clamp(max=M - 1) // K
+    weight_R1 = F.pad(weights_NK.flatten(), (0, 1)).index_select(0, slot_R)[:, None]
+    start = 0
+    for expert, size in enumerate(sizes):
+        place = slice(start, start + size)
+        start += size
+        if size:
+            yield _Rows(expert, place, token_R[place], weight_R1[place])
+
 
 class _ExpertLoop(torch.autograd.Function):
-    """One expert after the other, each matrix product written in place into the result for all.
+    """One expert after the other: its tokens are gathered, computed and added up while they are in cache.
 
-    Under autograd each expert would make views and small results, to be concatenated and stacked in both passes.
+    Nothing that has a row for each slot is ever written in the model's width. The gradient of a weight needs no
+    output of an expert either: <y, g> = <w2 h, g> = <h, w2^T g>, which the backward pass has at hand.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, loads: list[int]) -> Tensor:
-        gate, up = x_MD.new_empty(len(x_MD), w1.shape[1]), x_MD.new_empty(len(x_MD), w1.shape[1])
-        rows = (torch.split(x_MD, loads), torch.split(gate, loads), torch.split(up, loads))
-        for x_e, gate_e, up_e, w1_e, w3_e in zip(*rows, w1.unbind(), w3.unbind(), strict=True):
-            if len(x_e):
-                torch.mm(x_e, w1_e.t(), out=gate_e)
-                torch.mm(x_e, w3_e.t(), out=up_e)
-        hidden = F.silu(gate).mul_(up)
-        out = torch.empty_like(x_MD)
-        for hidden_e, out_e, w2_e in zip(torch.split(hidden, loads), torch.split(out, loads), w2.unbind(), strict=True):
-            if len(hidden_e):
-                torch.mm(hidden_e, w2_e.t(), out=out_e)
-        ctx.save_for_backward(x_MD, w1, w3, w2, gate, up)
-        ctx.loads = loads
-        return out
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        order_M: Tensor,
+        loads: list[int],
+    ) -> Tensor:
+        slot_R, sizes = _padded(order_M, loads, multiple=_row_multiple(x_ND))
+        gate_RI, up_RI = (x_ND.new_empty(len(slot_R), w1.shape[1]) for _ in range(2))
+        out_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        for e, place, token, weight in _rows(slot_R, sizes, weights_NK):
+            x = x_ND.index_select(0, token)
+            torch.mm(x, w1[e].t(), out=gate_RI[place])
+            torch.mm(x, w3[e].t(), out=up_RI[place])
+            y = torch.mm(F.silu(gate_RI[place]).mul_(up_RI[place]), w2[e].t())
+            out_ND.index_add_(0, token, y.to(out_ND.dtype).mul_(weight))
+        ctx.save_for_backward(x_ND, weights_NK, w1, w3, w2, slot_R, gate_RI, up_RI)
+        ctx.sizes = sizes
+        return out_ND.to(x_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        x, w1, w3, w2, gate, up = ctx.saved_tensors
-        loads = ctx.loads
-        activated = F.silu(gate)
-        hidden = activated * up
-        grad_hidden = torch.empty_like(hidden)
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weights_NK, w1, w3, w2, slot_R, gate_RI, up_RI = ctx.saved_tensors
+        grad_x_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        grad_weight_R = weights_NK.new_empty(len(slot_R))
         grad_w1, grad_w3, grad_w2 = torch.empty_like(w1), torch.empty_like(w3), torch.empty_like(w2)
-        rows = (torch.split(grad, loads), torch.split(hidden, loads), torch.split(grad_hidden, loads))
-        for grad_e, hidden_e, grad_hidden_e, w2_e, out_e in zip(*rows, w2.unbind(), grad_w2.unbind(), strict=True):
-            torch.mm(grad_e.t(), hidden_e, out=out_e)  # zeros for an expert without rows
-            if len(grad_e):
-                torch.mm(grad_e, w2_e, out=grad_hidden_e)
-        grad_up = activated.mul_(grad_hidden)
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-        grad_x = torch.empty_like(x)
-        inputs = (
-            torch.split(x, loads),
-            torch.split(grad_x, loads),
-            torch.split(grad_gate, loads),
-            torch.split(grad_up, loads),
-        )
-        weights = (w1.unbind(), w3.unbind(), grad_w1.unbind(), grad_w3.unbind())
-        for x_e, grad_x_e, grad_gate_e, grad_up_e, w1_e, w3_e, out1_e, out3_e in zip(*inputs, *weights, strict=True):
-            torch.mm(grad_gate_e.t(), x_e, out=out1_e)
-            torch.mm(grad_up_e.t(), x_e, out=out3_e)
-            if len(x_e):
-                torch.mm(grad_gate_e, w1_e, out=grad_x_e)
-                grad_x_e.addmm_(grad_up_e, w3_e)
-        return grad_x, grad_w1, grad_w3, grad_w2, None
+        for e, size in enumerate(ctx.sizes):
+            if not size:
+                grad_w1[e], grad_w3[e], grad_w2[e] = 0.0, 0.0, 0.0
+        for e, place, token, weight in _rows(slot_R, ctx.sizes, weights_NK):
+            x, grad, gate, up = (
+                x_ND.index_select(0, token),
+                grad_ND.index_select(0, token),
+                gate_RI[place],
+                up_RI[place],
+            )
+            activated = F.silu(gate)
+            hidden, grad_hidden = activated * up, torch.mm(grad, w2[e])
+            grad_weight_R[place] = torch.linalg.vecdot(hidden.to(weight.dtype), grad_hidden.to(weight.dtype))
+            hidden.mul_(weight)
+            grad_hidden.mul_(weight)
+            torch.mm(grad.t(), hidden, out=grad_w2[e])
+            grad_up = activated.mul_(grad_hidden)
+            grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+            torch.mm(grad_gate.t(), x, out=grad_w1[e])
+            torch.mm(grad_up.t(), x, out=grad_w3[e])
+            grad_x = torch.mm(grad_gate, w1[e]).addmm_(grad_up, w3[e])
+            grad_x_ND.index_add_(0, token, grad_x.to(grad_x_ND.dtype))
+        grad_weights = weights_NK.new_empty(weights_NK.numel() + 1).index_copy_(0, slot_R, grad_weight_R)[:-1]
+        return grad_x_ND.to(x_ND.dtype), grad_weights.view_as(weights_NK), grad_w1, grad_w3, grad_w2, None, None
 
 
 def _grouped(x_MD: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, loads_E: Tensor) -> Tensor:
-    """The same by grouped matrix products, whose row counts stay on the GPU."""
+    """Rows sorted by expert, by grouped matrix products whose row counts stay on the GPU."""
     offsets = loads_E.cumsum(0, dtype=torch.int32)
     gate = F.grouped_mm(x_MD, w1.transpose(1, 2), offs=offsets)
     up = F.grouped_mm(x_MD, w3.transpose(1, 2), offs=offsets)
     return F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offsets)
 
 
-def expert_mlps(x_MD: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, loads_E: Tensor) -> Tensor:
-    """``w2_e (silu(w1_e x) * w3_e x)`` for each row x of expert e.
+def routed_experts(
+    x_ND: Tensor,
+    index_NK: Tensor,
+    weights_NK: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    loads_E: Tensor,
+) -> Tensor:
+    """``sum_k weights[n, k] * w2_e (silu(w1_e x[n]) * w3_e x[n])`` with e = index[n, k].
 
     Args:
-        x_MD: rows sorted by expert.
+        x_ND: tokens.
+        index_NK: their experts; no expert twice for a token.
+        weights_NK: fp32 (or float64).
         w1: gate weights [E, I, D].
         w3: up weights [E, I, D].
         w2: down weights [E, D, I].
-        loads_E: rows of each expert, int64; their sum is M. Any may be 0: that expert's gradients are zeros.
+        loads_E: how often each expert is in ``index_NK``. Any may be 0: that expert's gradients are zeros.
 
     Returns:
-        [M, D] in the order of ``x_MD``.
+        [N, D].
     """
+    order_M, place_M = sorted_order(index_NK.flatten())
     # grouped_mm on a GPU takes bf16 whose rows are multiples of 16 bytes.
-    if x_MD.is_cuda and x_MD.dtype == torch.bfloat16 and w1.shape[1] % 8 == 0 and w1.shape[2] % 8 == 0:
-        return _grouped(x_MD, w1, w3, w2, loads_E)
-    out: Tensor = _ExpertLoop.apply(x_MD, w1, w3, w2, loads_E.tolist())  # type: ignore[no-untyped-call]
+    if x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and w1.shape[1] % 8 == 0 and w1.shape[2] % 8 == 0:
+        rows_MD = _grouped(spread(x_ND, order_M, place_M), w1, w3, w2, loads_E)
+        return combine(rows_MD, weights_NK, order_M, place_M)
+    out: Tensor = _ExpertLoop.apply(x_ND, weights_NK, w1, w3, w2, order_M, loads_E.tolist())  # type: ignore[no-untyped-call]
     return out
 
 
@@ -105,6 +168,6 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
         self.w3 = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
 
-    def forward(self, x_MD: Tensor, loads_E: Tensor) -> Tensor:
-        """Rows sorted by expert through their experts; see ``expert_mlps``."""
-        return expert_mlps(x_MD, self.w1, self.w3, self.w2, loads_E)
+    def forward(self, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor, loads_E: Tensor) -> Tensor:
+        """The weighted sum over each token's experts; see ``routed_experts``."""
+        return routed_experts(x_ND, index_NK, weights_NK, self.w1, self.w3, self.w2, loads_E)

@@ -41,7 +41,5 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layer's output [B, T, D] and its sequence-wise balance loss (None when that is off)."""
         index_NK, weights_NK, loads_E, balance = self.gate(x_BTD)
-        out_BTD = self.dispatch(self.experts, x_BTD.flatten(0, 1), index_NK, weights_NK, loads_E).view_as(x_BTD)
-        if self.shared_experts is not None:
-            out_BTD = out_BTD + self.shared_experts(x_BTD)
-        return out_BTD, balance
+        out_ND = self.dispatch(self.experts, self.shared_experts, x_BTD.flatten(0, 1), index_NK, weights_NK, loads_E)
+        return out_ND.view_as(x_BTD), balance

@@ -48,24 +48,28 @@ def test_bf16_is_near():
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-@pytest.mark.parametrize("loads", [[5, 0, 17, 10], [0, 0, 32, 0], [8, 8, 8, 8]])
-def test_experts_by_grouped_products(monkeypatch, loads):
+@pytest.mark.parametrize("experts_of_all", [(0, 2, 3), (2,), (0, 1, 2, 3)])
+def test_experts_by_grouped_products(monkeypatch, experts_of_all):
     """Row counts that are no multiple of anything, and experts without a row, whose gradients are zeros."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((32, 64), (4, 48, 64), (4, 48, 64), (4, 64, 48))  # x, w1, w3, w2
+    index = torch.tensor(experts_of_all)[torch.randint(len(experts_of_all), (33, 1), generator=generator)]
+    loads = torch.bincount(index.flatten(), minlength=4)
+    shapes = ((33, 64), (4, 48, 64), (4, 48, 64), (4, 64, 48))  # x, w1, w3, w2
     values = [(0.2 * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes]
+    scores = torch.rand(33, 1, generator=generator)
     taken, grouped = [], experts._grouped
     monkeypatch.setattr(experts, "_grouped", lambda *args: taken.append(True) or grouped(*args))
 
     def run(device: str, dtype: torch.dtype):
-        inputs = [v.detach().to(device, dtype).requires_grad_() for v in values]
-        out = experts.expert_mlps(*inputs, torch.tensor(loads, device=device))
+        x, *weights = inputs = [v.detach().to(device, dtype).requires_grad_() for v in values]
+        own_scores = scores.to(device, copy=True).requires_grad_()
+        out = experts.routed_experts(x, index.to(device), own_scores, *weights, loads.to(device))
         out.float().square().sum().backward()
-        return [out.detach().float().cpu(), *(x.grad.float().cpu() for x in inputs)]
+        return [out.detach().float().cpu(), *(x.grad.float().cpu() for x in (own_scores, *inputs))]
 
     found = run(DEVICE, torch.bfloat16)
     assert taken
     for value, expected in zip(found, run("cpu", torch.float32), strict=True):
         torch.testing.assert_close(value, expected, atol=0.02 * float(expected.abs().max()), rtol=0.05)
-    for grad in found[2:]:
-        assert not grad[torch.tensor(loads) == 0].any()
+    for grad in found[3:]:
+        assert not grad[loads == 0].any()

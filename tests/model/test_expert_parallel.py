@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from k2train.config import ModelConfig
-from k2train.model import ExpertParallel, Transformer, build_model
+from k2train.model import ExpertParallel, Transformer, build_model, dispatch
 
 ROWS = (slice(0, 2), slice(2, 3))  # sequences of each rank: not equally many
 
@@ -25,6 +26,21 @@ def run(model: Transformer, rows: slice, *, crowded: bool) -> tuple[torch.Tensor
     # The mean over all sequences of the balance loss is a weighted mean of the ranks' means.
     (loss.sum() + balance * len(tokens)).backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def events(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in the one layer's exchanges and shared experts, in order, forward and backward."""
+    seen = []
+    for name in ("start", "finish"):
+        whole = getattr(dispatch._Flight, name)
+        monkeypatch.setattr(
+            dispatch._Flight, name, lambda *args, name=name, whole=whole, **kw: seen.append(name) or whole(*args, **kw)
+        )
+    (moe,) = (moe for _, moe in model.moe_layers())
+    moe.shared_experts.register_forward_hook(lambda *_: seen.append("shared"))
+    moe.shared_experts.register_full_backward_hook(lambda *_: seen.append("shared"))
+    run(model, slice(0, 2), crowded=False)
+    return seen
 
 
 def worker(rank: int, store: str, config: ModelConfig) -> None:
@@ -53,6 +69,15 @@ def worker(rank: int, store: str, config: ModelConfig) -> None:
             assert torch.equal(loads, one.gate.loads)
             if crowded:
                 assert loads.tolist()[2:] == [0] * 6
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        one_layer = dataclasses.replace(config, num_hidden_layers=config.first_k_dense_replace + 1)
+        order = events(build_model(one_layer, seed=0, expert_parallel=parallel), monkeypatch)
+    # Shared experts are computed while tokens travel, and differentiated while their gradients do.
+    assert order == [
+        *("start", "shared", "finish", "start", "finish"),
+        *("start", "finish", "start", "shared", "finish"),
+    ]
 
     with torch.no_grad():
         tokens = torch.zeros(1, 5, dtype=torch.int64)
