@@ -73,7 +73,8 @@ class ModelConfig:
     rope_scaling: RopeScalingConfig | None = rule()
     rms_norm_eps: float = rule(above=0)
     tie_word_embeddings: bool = rule()
-    initializer_range: float = rule(above=0)
+    initializer_scheme: str = rule(one_of=("normal", "depth_scaled"))  # see k2train.model.init
+    initializer_range: float = rule(above=0)  # standard deviation of the initial weights
     router_bias_rate: float = rule(at_least=0)  # u in bias += u * sign(mean load - load); DeepSeek-V3: 1e-3
     balance_loss_weight: float = rule(at_least=0)  # alpha of DeepSeek-V3's sequence-wise balance loss (1e-4); 0: off
 

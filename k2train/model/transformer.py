@@ -178,5 +178,5 @@ def build_model(
         return model
     model.to_empty(device=device)
     first = 0 if expert_parallel is None else expert_parallel.rank * (config.n_routed_experts // expert_parallel.size)
-    initialise(model, seed=seed, std=config.initializer_range, first_expert=first)
+    initialise(model, seed=seed, config=config, first_expert=first)
     return model

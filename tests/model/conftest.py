@@ -37,6 +37,7 @@ TINY = ModelConfig(
     rope_scaling=None,
     rms_norm_eps=1e-5,
     tie_word_embeddings=False,
+    initializer_scheme="normal",
     initializer_range=0.1,  # large enough that attention and routing are far from uniform
     router_bias_rate=1e-3,
     balance_loss_weight=0.0,

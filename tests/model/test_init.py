@@ -7,7 +7,7 @@ import torch
 
 from k2train.config import ModelConfig
 from k2train.model import ExpertParallel, build_model
-from k2train.model.init import draw
+from k2train.model.init import draw, fill
 
 
 def test_the_same_at_any_expert_parallel_size(config: ModelConfig) -> None:
@@ -47,6 +47,35 @@ def test_distribution(config: ModelConfig) -> None:
     for _, moe in model.moe_layers():
         assert not moe.gate.e_score_correction_bias.any()
         assert not moe.gate.loads.any()
+
+
+def test_depth_scaled_makes_what_writes_into_the_residual_stream_smaller(config: ModelConfig) -> None:
+    normal = dict(build_model(config, seed=0).named_parameters())
+    scaled = build_model(dataclasses.replace(config, initializer_scheme="depth_scaled"), seed=0)
+    smaller = set()
+    for name, parameter in scaled.named_parameters():
+        if not torch.equal(parameter, normal[name]):
+            smaller.add(name)
+            torch.testing.assert_close(parameter, normal[name] / 6**0.5)  # three layers, two additions each
+    dense, moe = ("mlp.down_proj.weight",), ("mlp.experts.w2", "mlp.shared_experts.down_proj.weight")
+    assert smaller == {
+        f"layers.{layer}.{name}"
+        for layer in range(3)
+        for name in ("self_attn.o_proj.weight", *(moe if layer else dense))
+    }
+
+
+def test_one_parameter_at_a_time(config: ModelConfig) -> None:
+    """As a model is filled whose parameters are never all there at once."""
+    config = dataclasses.replace(config, initializer_scheme="depth_scaled")
+    for name, parameter in build_model(config, seed=3).named_parameters():
+        alone = torch.empty_like(parameter)
+        fill(alone, name=name, seed=3, config=config, first_expert=0)
+        assert torch.equal(alone, parameter), name
+        if ".experts." in name:
+            some = torch.empty_like(parameter[5:7])
+            fill(some, name=name, seed=3, config=config, first_expert=5)
+            assert torch.equal(some, parameter[5:7]), name
 
 
 def test_dtype_is_a_cast_of_the_same_numbers(config: ModelConfig) -> None:
