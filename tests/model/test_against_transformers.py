@@ -1,126 +1,133 @@
-"""The outside truth: transformers' DeepseekV3ForCausalLM with the same weights gives the same numbers."""
+"""The outside truth: transformers' DeepseekV3ForCausalLM with the same weights gives the same numbers.
+
+It reads our weights in the released layout, by its own code for released checkpoints, and gives its gradients in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hugging_face import released_layout, released_tensors, to_transformers
+from torch import Tensor
 
-from k2train.config import ModelConfig, RopeScalingConfig
+from k2train.config import RopeScalingConfig
 from k2train.model import Transformer
 
-transformers = pytest.importorskip("transformers")
+LENGTH = 137  # more than one block of attention rows, and beyond the original context of each YaRN but K2's
 
-YARN = RopeScalingConfig(
-    factor=8.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.7
-)
-K2_YARN = RopeScalingConfig(
-    factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
-)
+
+def yarn(**values: float) -> RopeScalingConfig:
+    defaults = {"factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 1.0}
+    return RopeScalingConfig(**{**defaults, "mscale": 1.0, "mscale_all_dim": 1.0, **values})
+
+
+K2_YARN = yarn(factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "as_k2": {},
     "no_q_latent": {"q_lora_rank": None},
-    "yarn": {"rope_scaling": YARN},
+    "yarn": {"rope_scaling": yarn()},
+    "yarn_with_a_ratio_of_mscales": {"rope_scaling": yarn(mscale_all_dim=0.7)},
+    "yarn_without_mscale": {"rope_scaling": yarn(beta_fast=32.0, mscale=0.0, mscale_all_dim=0.0)},
     "yarn_of_k2": {"rope_scaling": K2_YARN, "qk_rope_head_dim": 16, "rope_theta": 50000.0},
-    "yarn_without_mscale": {
-        "rope_scaling": RopeScalingConfig(
-            factor=4.0,
-            original_max_position_embeddings=40,
-            beta_fast=32.0,
-            beta_slow=1.0,
-            mscale=0.0,
-            mscale_all_dim=0.0,
-        )
-    },
     "groups": {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
-    "two_dense_two_shared": {"num_hidden_layers": 4, "first_k_dense_replace": 2, "n_shared_experts": 2},
+    "groups_and_no_q_latent": {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 4, "q_lora_rank": None},
+    "dense_layers_first": {"num_hidden_layers": 4, "first_k_dense_replace": 3},
+    "no_dense_layer": {"first_k_dense_replace": 0},
     "all_dense": {"first_k_dense_replace": 3},
+    "shared_experts": {"n_shared_experts": 3},
     "tied": {"tie_word_embeddings": True},
     "weights_not_normalised": {"norm_topk_prob": False},
-    "odd_sizes": {"hidden_size": 33, "num_attention_heads": 5, "v_head_dim": 13, "moe_intermediate_size": 11},
-    "values_wider_than_keys": {"v_head_dim": 24, "num_experts_per_tok": 1},
+    "scaling_of_k2": {"routed_scaling_factor": 2.827},
+    "odd_sizes": {
+        "hidden_size": 40,
+        "num_attention_heads": 5,
+        "qk_nope_head_dim": 11,
+        "qk_rope_head_dim": 10,
+        "v_head_dim": 13,
+        "q_lora_rank": 17,
+        "kv_lora_rank": 9,
+        "intermediate_size": 51,
+        "moe_intermediate_size": 11,
+        "n_routed_experts": 7,
+        "num_experts_per_tok": 3,
+    },
+    # With normalised weights a single expert has weight 1, and the router a gradient of rounding errors.
+    "one_expert_a_token_and_wide_values": {"v_head_dim": 24, "num_experts_per_tok": 1, "norm_topk_prob": False},
 }
+CASES = [(variant, LENGTH) for variant in VARIANTS] + [
+    (variant, length) for variant in ("as_k2", "yarn", "groups", "odd_sizes") for length in (1, 33)
+]
 
 
-def hf_config(config: ModelConfig) -> Any:
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if scaling is not None:
-        rope |= {"rope_type": "yarn"} | {
-            name: getattr(scaling, name)
-            for name in (
-                "factor",
-                "original_max_position_embeddings",
-                "beta_fast",
-                "beta_slow",
-                "mscale",
-                "mscale_all_dim",
-            )
-        }
-    same = {
-        name: getattr(config, name)
-        for name in ModelConfig.__dataclass_fields__
-        if name not in ("rope_theta", "rope_scaling", "router_bias_rate", "balance_loss_weight")
-    }
-    return transformers.DeepseekV3Config(
-        **same,
-        num_key_value_heads=config.num_attention_heads,
-        rope_parameters=rope,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
+@contextmanager
+def watch_routers(model: Any, of: Callable[[Any], tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
+    """The weights with which a forward pass sends tokens to experts, [N, E] for each router, 0 where not chosen."""
+    found: list[Tensor] = []
+
+    def note(gate: Any, _: Any, output: Any) -> None:
+        index_NK, weights_NK = of(output)
+        dense_NE = weights_NK.new_zeros(len(index_NK), len(gate.weight)).scatter(1, index_NK, weights_NK)
+        assert (dense_NE > 0).sum() == index_NK.numel()
+        found.append(dense_NE.detach())
+
+    hooks = [module.register_forward_hook(note) for name, module in model.named_modules() if name.endswith(".mlp.gate")]
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
-def hf_name(name: str, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor] | None:
-    """Where one of our tensors lies in transformers' model; None for w3, which lies beside w1."""
-    if name.endswith("experts.w3"):
-        return None
-    tensor = tensors[name]
-    if name.endswith("experts.w1"):
-        name, tensor = (
-            name.replace("experts.w1", "experts.gate_up_proj"),
-            torch.cat((tensor, tensors[name[:-1] + "3"]), 1),
-        )
-    name = name.replace("experts.w2", "experts.down_proj")
-    return (name if name.startswith("lm_head") else f"model.{name}"), tensor
-
-
-def to_transformers(model: Transformer) -> Any:
-    theirs = transformers.DeepseekV3ForCausalLM(hf_config(model.config))
-    ours = model.state_dict()
-    state = dict(pair for name in ours if (pair := hf_name(name, ours)) is not None)
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert set(missing) <= {"lm_head.weight"} if model.config.tie_word_embeddings else not missing
-    assert not unexpected
-    theirs.tie_weights()
-    return theirs.train()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_loss_and_gradients(
-    variant: str, make_model: Callable[..., Transformer], make_tokens: Callable[..., torch.Tensor]
+@pytest.mark.parametrize(("variant", "length"), CASES)
+def test_logits_loss_routing_and_gradients(
+    variant: str, length: int, make_model: Callable[..., Transformer], make_tokens: Callable[..., Tensor]
 ) -> None:
     model = make_model(**VARIANTS[variant])
     theirs = to_transformers(model)
-    tokens, labels = make_tokens(2, 137), make_tokens(2, 137, seed=1)  # more than one block of attention rows
-    labels[0, :9] = -100
+    tokens, labels = make_tokens(2, length), make_tokens(2, length, seed=1)
+    labels[0, : length // 15] = -100
 
-    logits = theirs(input_ids=tokens).logits
-    assert (model.logits(tokens) - logits).abs().max() <= 1e-5
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 137)
+    with watch_routers(theirs, lambda output: (output[2], output[1])) as expected_routes:
+        logits = theirs(input_ids=tokens).logits
+    with watch_routers(model, lambda output: (output[0], output[1])) as routes:
+        assert (model.logits(tokens) - logits).abs().max() <= 1e-5
+    assert len(routes) == len(expected_routes) == len(model.moe_layers())
+    for route, expected_route in zip(routes, expected_routes, strict=True):
+        assert torch.equal(route > 0, expected_route > 0)
+        torch.testing.assert_close(route, expected_route, atol=1e-6, rtol=1e-5)
+
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, length)
     loss, balance = model(tokens, labels)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
     assert balance == 0
 
-    scale = torch.rand(2, 137, generator=torch.Generator().manual_seed(2))
+    scale = torch.rand(2, length, generator=torch.Generator().manual_seed(2))
     (loss * scale).sum().backward()
     (expected * scale).sum().backward()
-    wanted = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for name in ours:
-        if (pair := hf_name(name, ours)) is not None:
-            expected_grad = wanted[pair[0]]
-            assert (pair[1] - expected_grad).abs().max() <= 1e-5 * (1 + expected_grad.abs().max()), name
+    wanted = released_layout(theirs, {name: gradient(p) for name, p in theirs.named_parameters()})
+    found = released_tensors({name: gradient(p) for name, p in model.named_parameters()})
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-7, name
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def test_the_bias_decides_who_is_chosen(
+    make_model: Callable[..., Transformer], make_tokens: Callable[..., Tensor]
+) -> None:
+    """Else the test above could not tell whether it is heeded."""
+    model, tokens = make_model(), make_tokens(2, LENGTH)
+    with watch_routers(model, lambda output: (output[0], output[1])) as biased:
+        model.logits(tokens)
+    for _, moe in model.moe_layers():
+        moe.gate.e_score_correction_bias.zero_()
+    with watch_routers(model, lambda output: (output[0], output[1])) as unbiased:
+        model.logits(tokens)
+    assert ((biased[0] > 0) != (unbiased[0] > 0)).any(1).float().mean() > 0.1
