@@ -38,7 +38,14 @@ ONLY_IN = {
     "transformers": [],
     "optim": [],  # the source root of muonclip: by this name it would be a second MuonClip
 }
-WITHOUT_TORCH = ["k2train.config", "k2train.paths", "k2train.units", "k2train.report", "k2train.plan"]
+WITHOUT_TORCH = [
+    "k2train.config",
+    "k2train.paths",
+    "k2train.units",
+    "k2train.report",
+    "k2train.plan",
+    "k2train.export.names",
+]
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -46,17 +46,23 @@ class RopeScalingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Architecture of a DeepSeek-V3 / Kimi K2 transformer, in the names of the released ``config.json``."""
+    """Architecture of a DeepSeek-V3 / Kimi K2 transformer, in the names of the released ``config.json``.
+
+    ``attention``, and what a layer before ``first_k_dense_replace`` has, make plainer models of it: with gqa and
+    ``first_k_dense_replace=num_hidden_layers`` it is Llama.
+    """
 
     # null: the tokenizer's size, rounded up to data.tokenizer.pad_to_multiple
     vocab_size: int | None = rule(at_least=1)
     hidden_size: int = rule(at_least=1)
     num_hidden_layers: int = rule(at_least=1)
-    first_k_dense_replace: int = rule(at_least=0)
+    first_k_dense_replace: int = rule(at_least=0)  # num_hidden_layers: no layer has experts
+    attention: str = rule(one_of=("mla", "gqa"))  # latent (K2) | grouped queries
     num_attention_heads: int = rule(at_least=1)
-    q_lora_rank: int | None = rule(at_least=1)
-    kv_lora_rank: int = rule(at_least=1)
-    qk_nope_head_dim: int = rule(at_least=1)
+    num_key_value_heads: int | None = rule(at_least=1)  # gqa; as many as num_attention_heads: multi-head attention
+    q_lora_rank: int | None = rule(at_least=1)  # mla; null: queries are not compressed
+    kv_lora_rank: int | None = rule(at_least=1)  # mla
+    qk_nope_head_dim: int = rule(at_least=0)
     qk_rope_head_dim: int = rule(at_least=2, even=True)
     v_head_dim: int = rule(at_least=1)
     intermediate_size: int = rule(at_least=1)
@@ -78,8 +84,14 @@ class ModelConfig:
     router_bias_rate: float = rule(at_least=0)  # u in bias += u * sign(mean load - load); DeepSeek-V3: 1e-3
     balance_loss_weight: float = rule(at_least=0)  # alpha of DeepSeek-V3's sequence-wise balance loss (1e-4); 0: off
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return self.first_k_dense_replace < self.num_hidden_layers
+
     def check(self) -> Iterator[str]:
         """Sentences on fields that contradict each other."""
+        yield from self._check_attention()
         if self.num_experts_per_tok > self.n_routed_experts:
             yield (
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
@@ -97,6 +109,29 @@ class ModelConfig:
             )
         elif self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             yield f"n_group={self.n_group} leaves groups of one expert; a group is scored by its two best experts"
+
+    def _check_attention(self) -> Iterator[str]:
+        if self.attention == "mla":
+            if self.kv_lora_rank is None:
+                yield "kv_lora_rank is null but attention=mla needs it: give the size of the latent (K2: 512)"
+            if self.num_key_value_heads is not None:
+                yield (
+                    f"num_key_value_heads={self.num_key_value_heads} is given but attention=mla does not read it: "
+                    "set it to null, or attention=gqa"
+                )
+            if self.qk_nope_head_dim < 1:
+                yield "qk_nope_head_dim=0 but attention=mla needs keys without position: at least 1 (K2: 128)"
+            return
+        if self.num_key_value_heads is None:
+            yield "num_key_value_heads is null but attention=gqa needs it: a divisor of num_attention_heads"
+        elif self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}: as many query heads share each key head"
+            )
+        for name in ("q_lora_rank", "kv_lora_rank"):
+            if getattr(self, name) is not None:
+                yield f"{name}={getattr(self, name)} is given but attention=gqa has no latents: set it to null"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +312,12 @@ class RunConfig:
             yield (
                 f"parallel.expert_parallel={self.parallel.expert_parallel} must divide "
                 f"model.n_routed_experts={self.model.n_routed_experts}"
+            )
+        if self.parallel.expert_parallel > 1 and not self.model.has_experts:
+            yield (
+                f"parallel.expert_parallel={self.parallel.expert_parallel} but no layer has experts, as "
+                f"model.first_k_dense_replace={self.model.first_k_dense_replace} of "
+                f"model.num_hidden_layers={self.model.num_hidden_layers}: set parallel.expert_parallel=1"
             )
         if self.schedule.warmup_steps > self.steps:
             yield f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run of {self.steps} steps"

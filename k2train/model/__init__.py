@@ -4,11 +4,23 @@
 exposed by ``attention_layers``, ``moe_layers`` and ``parameter_roles``.
 """
 
-from k2train.model.attention import Attention
+from k2train.model.attention import Attention, LatentAttention
 from k2train.model.causal import attention
 from k2train.model.dispatch import ExpertParallel
+from k2train.model.grouped_query import GroupedQueryAttention
 from k2train.model.moe import MoE
 from k2train.model.router import Router, update_bias
 from k2train.model.transformer import Transformer, build_model
 
-__all__ = ["Attention", "ExpertParallel", "MoE", "Router", "Transformer", "attention", "build_model", "update_bias"]
+__all__ = [
+    "Attention",
+    "ExpertParallel",
+    "GroupedQueryAttention",
+    "LatentAttention",
+    "MoE",
+    "Router",
+    "Transformer",
+    "attention",
+    "build_model",
+    "update_bias",
+]

@@ -1,7 +1,8 @@
-"""Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1).
+"""Attention modules that QK-Clip can clip, and K2's: multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434,
+section 2.1).
 
-Shapes: B batch, T tokens, D model, H heads, N nope and R rope dims of a query or key head, V dims of a value head,
-q and kv latents of q_lora_rank and kv_lora_rank.
+Shapes: B batch, T tokens, D model, H heads, d dims of a query or key head, of which N without position (nope) and R
+with (rope), V dims of a value head, q and kv latents of q_lora_rank and kv_lora_rank.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ HEALTHY = 20.0
 
 
 class Attention(Float32Buffers):
-    """MLA as it is trained: keys and values of all heads are made from one latent a token, plus one shared rope key.
+    """What all kinds share: causal attention, and QK-Clip's view of it. A kind makes q, k and v, and has o_proj.
 
     Follows QK-Clip's protocol: ``max_logits`` [H] fp32 is the largest logit of each head over the forward passes in
     training mode since ``reset_max_logits`` (-inf when there was none, NaN when a logit was NaN), and ``row_scales``
@@ -41,28 +42,15 @@ class Attention(Float32Buffers):
     float32_buffers: ClassVar[tuple[str, ...]] = ("max_logits",)
     max_logits: Tensor
     max_logit_fallbacks: Tensor
+    o_proj: nn.Linear  # [D, H * V]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        D, H = config.hidden_size, config.num_attention_heads
-        self.heads, self.nope, self.rope = H, config.qk_nope_head_dim, config.qk_rope_head_dim
-        self.value = config.v_head_dim
-        self.kv_latent = config.kv_lora_rank
+        self.heads, self.value = config.num_attention_heads, config.v_head_dim
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.scale = softmax_scale(self.nope + self.rope, config.rope_scaling)
-        q_width = H * (self.nope + self.rope)
-        self.q_compressed = config.q_lora_rank is not None
-        if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, q_width, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(D, self.kv_latent + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.kv_latent, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.kv_latent, H * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(H * self.value, D, bias=False)
         self.exact_above = HEALTHY
-        self.register_buffer("max_logits", torch.empty(H, dtype=torch.float32), persistent=False)
+        self.register_buffer("max_logits", torch.empty(self.heads, dtype=torch.float32), persistent=False)
         self.register_buffer("max_logit_fallbacks", torch.empty((), dtype=torch.int64), persistent=False)
 
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, starts_BT: Tensor | None = None) -> Tensor:
@@ -78,10 +66,7 @@ class Attention(Float32Buffers):
             [B, T, D].
         """
         B, T, _ = x_BTD.shape
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.q_compressed else self.q_proj(x_BTD)
-        latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent))
-        q, k, v = heads(q.view(B, T, self.heads, -1), kv.view(B, T, self.heads, -1), rope_key, cos_TR, sin_TR)
+        q, k, v = self.project(x_BTD, cos_TR, sin_TR)
         out_BHTV, maxima = attention(
             q, k, v, starts_BT, scale=self.scale, with_max=counts(self), exact_above=self.exact_above
         )
@@ -91,30 +76,70 @@ class Attention(Float32Buffers):
         out: Tensor = self.o_proj(out_BHTV.transpose(1, 2).reshape(B, T, -1))
         return out
 
-    def backend(self, length: int) -> str:
-        """The name of the attention kernel (``causal.BACKENDS``) that sequences of this many tokens take here."""
-        weight = self.o_proj.weight  # of the device and dtype that attention runs in
-        q = weight.new_empty(1, self.heads, length, self.nope + self.rope)
-        return choose_backend(q, q, q[..., : self.value], None, scale=self.scale)
-
-    def reset_max_logits(self) -> None:
-        """Forgets the maxima: the next forward pass in training mode starts a new step."""
-        self.max_logits = torch.full_like(self.max_logits, float("-inf"))
-        self.max_logit_fallbacks = torch.zeros_like(self.max_logit_fallbacks)
+    def project(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, H, T, d], rotated keys [B, H, T, d] and values [B, H, T, V]."""
+        raise NotImplementedError
 
     def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """What multiplies each row of a weight so that head h's logits shrink by gamma_h (arXiv 2507.20534, 2.1).
 
-        The two factors of the nope part share gamma: as its square roots in K2. The rope key is shared by all heads, so
-        the rope part of the query takes all of gamma. A gamma of 1 gives scales of exactly 1.
+        Where a head's query and key belong to it alone they share gamma: as its square roots in K2. Where heads share a
+        key, scaling it would move the others' logits too, and the query takes all of gamma. A gamma of 1 gives scales
+        of exactly 1.
 
         Args:
             gamma_H: [H], positive.
             alpha: the query's share, as an exponent of gamma.
 
         Returns:
-            (weight, [rows]) for the query weight and the key-value weight.
+            (weight, [rows]) for each weight that is scaled.
         """
+        raise NotImplementedError
+
+    def backend(self, length: int) -> str:
+        """The name of the attention kernel (``causal.BACKENDS``) that sequences of this many tokens take here."""
+        weight = self.o_proj.weight  # of the device and dtype that attention runs in
+        q = weight.new_empty(1, self.heads, length, self.nope + self.rope)
+        v = weight.new_empty(1, self.heads, length, self.value)
+        return choose_backend(q, q, v, None, scale=self.scale)
+
+    def reset_max_logits(self) -> None:
+        """Forgets the maxima: the next forward pass in training mode starts a new step."""
+        self.max_logits = torch.full_like(self.max_logits, float("-inf"))
+        self.max_logit_fallbacks = torch.zeros_like(self.max_logit_fallbacks)
+
+
+class LatentAttention(Attention):
+    """MLA as it is trained: keys and values of all heads are made from one latent a token, plus one shared rope key."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        assert config.kv_lora_rank is not None  # ModelConfig.check
+        D, H = config.hidden_size, config.num_attention_heads
+        self.kv_latent = config.kv_lora_rank
+        q_width = H * (self.nope + self.rope)
+        self.q_compressed = config.q_lora_rank is not None
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, self.kv_latent + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.kv_latent, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.kv_latent, H * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(H * self.value, D, bias=False)
+
+    def project(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Attention``; keys are [nope | rope] and the rope part is the same for all heads."""
+        B, T, _ = x_BTD.shape
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.q_compressed else self.q_proj(x_BTD)
+        latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent))
+        return heads(q.view(B, T, self.heads, -1), kv.view(B, T, self.heads, -1), rope_key, cos_TR, sin_TR)
+
+    def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``Attention``: the nope parts share gamma; the rope part of the query, whose key is shared, takes all."""
         query_scale = (gamma_H**alpha)[:, None].expand(-1, self.nope)
         key_scale = (gamma_H ** (1 - alpha))[:, None].expand(-1, self.nope)
         rope_scale = gamma_H[:, None].expand(-1, self.rope)

@@ -1,4 +1,5 @@
-"""The whole language model: DeepSeek-V3's architecture with Kimi K2's sizes (arXiv 2412.19437, 2507.20534).
+"""The whole language model: DeepSeek-V3's architecture with Kimi K2's sizes (arXiv 2412.19437, 2507.20534), and the
+plainer ones that it is compared with: grouped-query attention, dense layers alone.
 
 Shapes: B batch, T tokens, D model, V vocabulary, R rope dims of a head.
 Modules and parameters are named as in transformers' DeepseekV3ForCausalLM, without its leading ``model.``; only the
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2train.config import ModelConfig
-from k2train.model.attention import Attention
+from k2train.model.attention import Attention, LatentAttention
 from k2train.model.dispatch import ExpertParallel
 from k2train.model.experts import Experts
+from k2train.model.grouped_query import GroupedQueryAttention
 from k2train.model.init import initialise
 from k2train.model.loss import cross_entropy
 from k2train.model.mlp import MLP
@@ -23,6 +25,8 @@ from k2train.model.norm import RMSNorm
 from k2train.model.rope import rope_frequencies, rope_table
 from k2train.model.router import Router
 
+ATTENTION: dict[str, type[Attention]] = {"mla": LatentAttention, "gqa": GroupedQueryAttention}
+
 
 class Block(nn.Module):
     """One layer: attention, then a dense or mixture-of-experts feed-forward, each on a normed residual stream."""
@@ -30,7 +34,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mlp: MLP | MoE) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = ATTENTION[config.attention](config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = mlp
 

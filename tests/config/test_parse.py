@@ -74,6 +74,12 @@ def test_a_bad_value_names_key_rule_and_value(tiny, key, value, sentence):
     [
         ("name", "a/b", "name='a/b' must be a plain folder name"),
         ("model__num_experts_per_tok", 9, "model.num_experts_per_tok=9 is more than n_routed_experts=8"),
+        ("model__kv_lora_rank", None, "model.kv_lora_rank is null but attention=mla needs it"),
+        ("model__num_key_value_heads", 2, "model.num_key_value_heads=2 is given but attention=mla does not read it"),
+        ("model__qk_nope_head_dim", 0, "model.qk_nope_head_dim=0 but attention=mla needs keys without position"),
+        ("model__attention", "gqa", "model.num_key_value_heads is null but attention=gqa needs it"),
+        ("model__attention", "gqa", "model.q_lora_rank=48 is given but attention=gqa has no latents"),
+        ("model__attention", "gqa", "model.kv_lora_rank=32 is given but attention=gqa has no latents"),
         ("model__n_group", 3, "model.n_routed_experts=8 must be a multiple of n_group=3"),
         ("data__source", "folder", "data.path is missing"),
         ("data__path", "/x", "data.path='/x' is given but source=stdlib does not read it"),
@@ -87,6 +93,18 @@ def test_a_bad_value_names_key_rule_and_value(tiny, key, value, sentence):
 )
 def test_keys_that_contradict_each_other(tiny, key, value, sentence):
     assert any(sentence in fault for fault in faults(tiny, **{key: value}))
+
+
+def test_other_kinds_of_model_that_contradict_themselves(tiny):
+    mapping = copy.deepcopy(tiny)
+    mapping["model"] |= {"attention": "gqa", "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": None}
+    mapping["model"]["first_k_dense_replace"] = mapping["model"]["num_hidden_layers"]
+    parse(RunConfig, mapping)
+    assert faults(mapping, model__num_key_value_heads=3) == (
+        "model.num_key_value_heads=3 must divide num_attention_heads=4: as many query heads share each key head",
+    )
+    (fault,) = faults(mapping, parallel__expert_parallel=2)
+    assert fault.startswith("parallel.expert_parallel=2 but no layer has experts")
 
 
 def test_roles_are_complete_and_no_more(tiny):

@@ -1,4 +1,6 @@
-"""The outside truth: transformers' DeepseekV3ForCausalLM with the same weights gives the same numbers.
+"""The outside truth: transformers' models with the same weights give the same numbers.
+
+DeepseekV3ForCausalLM has latent attention; with grouped queries it is Glm4MoeForCausalLM, without experts Llama.
 
 It reads our weights in the released layout, by its own code for released checkpoints, and gives its gradients in it.
 """
@@ -59,8 +61,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # With normalised weights a single expert has weight 1, and the router a gradient of rounding errors.
     "one_expert_a_token_and_wide_values": {"v_head_dim": 24, "num_experts_per_tok": 1, "norm_topk_prob": False},
 }
+GQA = {"attention": "gqa", "num_attention_heads": 6, "num_key_value_heads": 2, "q_lora_rank": None}
+GQA |= {"kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 10, "v_head_dim": 10}
+LLAMA = {**GQA, "first_k_dense_replace": 3}
+VARIANTS |= {
+    "gqa": GQA,
+    "gqa_partly_rotated": {**GQA, "qk_nope_head_dim": 6, "v_head_dim": 16},
+    "gqa_of_groups_tied": {**GQA, "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "tie_word_embeddings": True},
+    "one_key_head": {**GQA, "num_key_value_heads": 1},
+    "llama": LLAMA,
+    "llama_multi_head": {**LLAMA, "num_key_value_heads": 6, "hidden_size": 42},
+    "llama_tied": {**LLAMA, "tie_word_embeddings": True},
+    # The temperature lies in the tables alone: that of the softmax is DeepSeek's.
+    "llama_yarn": {**LLAMA, "rope_scaling": yarn(mscale=0.0, mscale_all_dim=0.0)},
+}
 CASES = [(variant, LENGTH) for variant in VARIANTS] + [
-    (variant, length) for variant in ("as_k2", "yarn", "groups", "odd_sizes") for length in (1, 33)
+    (variant, length) for variant in ("as_k2", "yarn", "groups", "odd_sizes", "gqa", "llama") for length in (1, 33)
 ]
 
 

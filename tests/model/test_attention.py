@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from k2train.model import Attention, Transformer
+from k2train.model import LatentAttention, Transformer
 from k2train.model.max_logits import CANDIDATES
 from k2train.model.rope import rope_frequencies, rope_table
 
 MakeModel = Callable[..., Transformer]
 
 
-def first_attention(model: Transformer) -> tuple[Attention, torch.Tensor, torch.Tensor]:
+def first_attention(model: Transformer) -> tuple[LatentAttention, torch.Tensor, torch.Tensor]:
     cos, sin = rope_table(rope_frequencies(6, theta=10000.0, scaling=None), 40, scaling=None)
     return model.attention_layers()[0][1], cos, sin
 
@@ -24,7 +24,7 @@ def hidden(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(2, 40, 36, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def brute_force(layer: Attention, x: torch.Tensor) -> torch.Tensor:
+def brute_force(layer: LatentAttention, x: torch.Tensor) -> torch.Tensor:
     """Largest visible logit of each head in float64, from the layer's weights alone."""
     w = {name: p.detach().double() for name, p in layer.named_parameters()}
     x = x.double()

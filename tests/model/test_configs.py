@@ -28,7 +28,14 @@ def test_k2_has_exactly_its_parameters() -> None:
 
 @pytest.mark.parametrize(
     ("name", "vocabulary", "millions"),
-    [("moonlight-16b", 163840, 15_960), ("nano", 4096, 1.26), ("small", 4096, 5.07), ("base", 8192, 46.4)],
+    [
+        ("moonlight-16b", 163840, 15_960),
+        ("nano", 4096, 1.26),
+        ("small", 4096, 5.07),
+        ("base", 8192, 46.4),
+        ("small-gqa", 4096, 5.14),
+        ("small-dense", 4096, 2.81),
+    ],
 )
 def test_sizes(name: str, vocabulary: int, millions: float) -> None:
     config = load(name)
@@ -38,4 +45,5 @@ def test_sizes(name: str, vocabulary: int, millions: float) -> None:
 
 
 def test_every_shipped_config_is_listed_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"k2", "moonlight-16b", "nano", "small", "base"}
+    listed = {"k2", "moonlight-16b", "nano", "small", "base", "small-gqa", "small-dense"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == listed

@@ -13,23 +13,29 @@ from k2train.config import ModelConfig
 from k2train.export import own_place, released_name, released_shapes
 
 transformers = pytest.importorskip("transformers")
-# Keys that transformers has under another name, or not at all.
-NOT_THEIRS = ("rope_theta", "rope_scaling", "router_bias_rate", "balance_loss_weight", "initializer_scheme")
+RENAMED = ("attention", "rope_theta", "rope_scaling", "initializer_scheme")
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+TRAINING = ("router_bias_rate", "balance_loss_weight")
 
 
 def hf_config(config: ModelConfig) -> Any:
-    """The config of transformers' model of the same architecture."""
+    """The config of transformers' model of the same architecture: DeepseekV3, Glm4Moe or, without experts, Llama."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {"rope_type": "yarn"} | dataclasses.asdict(config.rope_scaling)
-    same = {name: value for name, value in vars(config).items() if name not in NOT_THEIRS}
-    return transformers.DeepseekV3Config(
-        **same,
-        num_key_value_heads=config.num_attention_heads,
-        rope_parameters=rope,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
+    same = {name: value for name, value in vars(config).items() if name not in (*RENAMED, *TRAINING)}
+    same |= {"attn_implementation": "eager", "experts_implementation": "eager", "rope_parameters": rope}
+    if config.attention == "mla":
+        same["num_key_value_heads"] = config.num_attention_heads
+        return transformers.DeepseekV3Config(**same)
+    same = {name: value for name, value in same.items() if name not in LATENT}
+    same["head_dim"] = config.qk_nope_head_dim + config.qk_rope_head_dim
+    assert config.v_head_dim == same["head_dim"], "transformers' heads have one size"
+    if not config.has_experts:
+        assert not config.qk_nope_head_dim, "Llama rotates all of a head"
+        return transformers.LlamaConfig(**same)
+    rope["partial_rotary_factor"] = config.qk_rope_head_dim / same["head_dim"]
+    return transformers.Glm4MoeConfig(**same, use_qk_norm=False)
 
 
 def released_layout(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
