@@ -9,18 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hugging_face import released_layout, released_tensors, to_transformers
 from torch import Tensor
 
-from k2train.config import RopeScalingConfig
+from k2train.config import ModelConfig, RopeScalingConfig, parse
 from k2train.model import Transformer
 
 LENGTH = 137  # more than one block of attention rows, and beyond the original context of each YaRN but K2's
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """All keys of a config in configs/model, with the tests' vocabulary."""
+    path = Path(__file__).parents[2] / "configs" / "model" / f"{name}.yaml"
+    return {**vars(parse(ModelConfig, yaml.safe_load(path.read_text()))), "vocab_size": 61}
 
 
 def yarn(**values: float) -> RopeScalingConfig:
@@ -31,6 +39,7 @@ def yarn(**values: float) -> RopeScalingConfig:
 K2_YARN = yarn(factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "as_k2": {},
+    "nano": shipped("nano"),
     "no_q_latent": {"q_lora_rank": None},
     "yarn": {"rope_scaling": yarn()},
     "yarn_with_a_ratio_of_mscales": {"rope_scaling": yarn(mscale_all_dim=0.7)},
@@ -69,9 +78,11 @@ VARIANTS |= {
     "gqa_partly_rotated": {**GQA, "qk_nope_head_dim": 6, "v_head_dim": 16},
     "gqa_of_groups_tied": {**GQA, "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "tie_word_embeddings": True},
     "one_key_head": {**GQA, "num_key_value_heads": 1},
+    "small-gqa": shipped("small-gqa"),
     "llama": LLAMA,
     "llama_multi_head": {**LLAMA, "num_key_value_heads": 6, "hidden_size": 42},
     "llama_tied": {**LLAMA, "tie_word_embeddings": True},
+    "small-dense": shipped("small-dense"),
     # The temperature lies in the tables alone: that of the softmax is DeepSeek's.
     "llama_yarn": {**LLAMA, "rope_scaling": yarn(mscale=0.0, mscale_all_dim=0.0)},
 }
