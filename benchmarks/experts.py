@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config, dtype = model_config(arguments.model), DTYPES[arguments.dtype]
     moe = MoE(config)
-    initialise(moe, seed=0, std=config.initializer_range, first_expert=0)
+    initialise(moe, seed=0, config=config, first_expert=0)
     moe = moe.to(dtype).train()
     count, width, top_k = arguments.tokens, config.hidden_size, config.num_experts_per_tok
     batches = [inputs(count, width, dtype, number=number) for number in range(arguments.rounds + 1)]

@@ -47,7 +47,7 @@ def transformers_model(config: ModelConfig, dtype: torch.dtype) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    own = ("rope_theta", "rope_scaling", "router_bias_rate", "balance_loss_weight")
+    own = ("rope_theta", "rope_scaling", "num_key_value_heads")
     known = transformers.DeepseekV3Config().to_dict()
     same = {k: v for k, v in dataclasses.asdict(config).items() if k in known and k not in own}
     theirs = transformers.DeepseekV3Config(
