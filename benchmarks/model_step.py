@@ -82,7 +82,9 @@ def tokens(config: ModelConfig, *, batch: int, length: int, number: int) -> torc
     return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(number))
 
 
-def our_step(model: Transformer, *, batch: int, length: int) -> Step:
+def our_step(
+    model: Transformer, *, batch: int, length: int, reduce_gradients: Callable[[], None] = lambda: None
+) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(number: int) -> float:
@@ -91,6 +93,7 @@ def our_step(model: Transformer, *, batch: int, length: int) -> Step:
         loss_BT, _ = model(tokens_BT, labels_BT)
         loss = loss_BT.sum() / (batch * (length - 1))
         loss.backward()
+        reduce_gradients()
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
