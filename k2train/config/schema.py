@@ -224,6 +224,7 @@ class TrainConfig:
     global_batch_size: int = rule(at_least=1)  # sequences a step, over all ranks
     micro_batch_size: int = rule(at_least=1)  # sequences a rank computes at once; the rest is accumulated
     sequence_length: int = rule(at_least=2)  # tokens
+    document_mask: bool = rule()  # whether attention stays inside a document, in training and validation
     device: str = rule(one_of=("auto", "cpu", "cuda"))
     precision: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
     threads: int | None = rule(at_least=1)  # CPU threads a process; null: the cores of the node shared out

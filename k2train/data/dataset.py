@@ -2,6 +2,10 @@
 
 Each split is one stream of tokens: its documents in the order of their origins, each closed by end_of_text.
 
+The *context* of a document is what its tokens may be predicted from. It begins with the end_of_text that closes the
+document before, so that a document's first token is predicted from that mark alone; its own end_of_text is the last
+thing predicted in it, and as an input belongs to the next document.
+
 Legend: T tokens of a window.
 """
 
@@ -75,6 +79,15 @@ class TokenStream:
                 first, document = end, document + 1
         return found
 
+    def context_begins(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Whether a context begins with the token (it is an end_of_text), for positions ``start`` to ``stop``."""
+        result = np.zeros(stop - start, dtype=bool)
+        for index, first, last in self._pieces(start, stop):
+            ends = self._shards[index].document_ends
+            inside = ends[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
+            result[inside - 1 + self._starts[index] - start] = True
+        return result
+
     def documents(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """(origin, token ids without the closing end_of_text) of each document."""
         for shard in self._shards:
@@ -92,7 +105,19 @@ class TokenStream:
             start, index = end, index + 1
 
 
-class Windows(Sequence[tuple[torch.Tensor, torch.Tensor]]):
+def context_starts(begins: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The index of the first token of each token's context, where the first token of all begins one in any case.
+
+    Args:
+        begins: (T,) whether a context begins with the token.
+
+    Returns:
+        (T,), never falling.
+    """
+    return np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+
+
+class Windows(Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """Windows that predict each token of a split exactly once: what bits per byte are computed from.
 
     The first token of all is predicted from end_of_text, so that no byte of the text goes unpredicted; the last window
@@ -111,7 +136,10 @@ class Windows(Sequence[tuple[torch.Tensor, torch.Tensor]]):
         return -(-len(self._stream) // self._length)
 
     def __getitem__(self, index: Any) -> Any:
-        """(tokens (T,), labels (T,)), int64, of window number ``index``; of each for a slice."""
+        """(tokens (T,), labels (T,), starts (T,)), int64, of window number ``index``; of each for a slice.
+
+        ``starts`` are ``context_starts``.
+        """
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
@@ -124,7 +152,11 @@ class Windows(Sequence[tuple[torch.Tensor, torch.Tensor]]):
         tokens[1 : stop - start] = text[:-1]
         if start:
             tokens[0] = int(self._stream.read(start - 1, start)[0])
-        return tokens, labels
+        begins = np.zeros(self._length, dtype=bool)
+        first = max(start - 1, 0)  # tokens are the stream's from start - 1 on
+        last = min(start - 1 + self._length, len(self._stream))
+        begins[first - start + 1 : last - start + 1] = self._stream.context_begins(first, last)
+        return tokens, labels, torch.from_numpy(context_starts(begins))
 
 
 class Dataset:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from k2train.data.dataset import Dataset, Span
+from k2train.data.dataset import Dataset, Span, context_starts
 from k2train.data.errors import DataError
 from k2train.data.order import positions
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, labels, starts
 
 
 class TrainStream:
@@ -53,9 +53,15 @@ class TrainStream:
         return self._window(self._windows_of([number])[0])
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """(tokens (B, T), labels (B, T)), int64, of the samples with these numbers."""
-        samples = torch.from_numpy(np.stack([self._window(window) for window in self._windows_of(numbers)]))
-        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        """(tokens (B, T), labels (B, T), starts (B, T)), int64, of the samples with these numbers.
+
+        starts: the index of the first token of each token's context (``context_starts``). A document's context begins
+        with the end_of_text before it; what began before the window begins at 0.
+        """
+        windows = self._windows_of(numbers)
+        samples = torch.from_numpy(np.stack([self._window(window) for window in windows]))
+        starts = torch.from_numpy(np.stack([self._context_starts(window) for window in windows]))
+        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous(), starts
 
     def trace(self, number: int) -> list[Span]:
         """The documents, or pieces of them, that the T + 1 tokens of a sample come from, in order."""
@@ -102,6 +108,10 @@ class TrainStream:
     def _windows_of(self, numbers: Sequence[int]) -> list[int]:
         found: list[int] = positions(numbers, windows=self.windows, seed=self._seed).tolist()
         return found
+
+    def _context_starts(self, window: int) -> NDArray[np.int64]:
+        start = window * self._length
+        return context_starts(self._tokens.context_begins(start, start + self._length))
 
     def _window(self, window: int) -> NDArray[np.int64]:
         start = window * self._length

@@ -53,20 +53,20 @@ class Attention(Float32Buffers):
         self.register_buffer("max_logits", torch.empty(self.heads, dtype=torch.float32), persistent=False)
         self.register_buffer("max_logit_fallbacks", torch.empty((), dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Mixes tokens.
 
         Args:
             x_BTD: normed input.
-            cos_TR: [T, R/2] of ``rope_table``.
-            sin_TR: [T, R/2].
+            cos: [T, R/2] of ``rope_table``, or [B, 1, T, R/2] where positions differ between rows.
+            sin: likewise.
             starts_BT: int64, the position of the first token of each token's document; None for one document a row.
 
         Returns:
             [B, T, D].
         """
         B, T, _ = x_BTD.shape
-        q, k, v = self.project(x_BTD, cos_TR, sin_TR)
+        q, k, v = self.project(x_BTD, cos, sin)
         out_BHTV, maxima = attention(
             q, k, v, starts_BT, scale=self.scale, with_max=counts(self), exact_above=self.exact_above
         )
@@ -76,7 +76,7 @@ class Attention(Float32Buffers):
         out: Tensor = self.o_proj(out_BHTV.transpose(1, 2).reshape(B, T, -1))
         return out
 
-    def project(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, d], rotated keys [B, H, T, d] and values [B, H, T, V]."""
         raise NotImplementedError
 
@@ -130,13 +130,13 @@ class LatentAttention(Attention):
         self.kv_b_proj = nn.Linear(self.kv_latent, H * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(H * self.value, D, bias=False)
 
-    def project(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Attention``; keys are [nope | rope] and the rope part is the same for all heads."""
         B, T, _ = x_BTD.shape
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.q_compressed else self.q_proj(x_BTD)
         latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent))
-        return heads(q.view(B, T, self.heads, -1), kv.view(B, T, self.heads, -1), rope_key, cos_TR, sin_TR)
+        return heads(q.view(B, T, self.heads, -1), kv.view(B, T, self.heads, -1), rope_key, cos, sin)
 
     def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``Attention``: the nope parts share gamma; the rope part of the query, whose key is shared, takes all."""

@@ -15,20 +15,20 @@ from k2train.config import ModelConfig
 from k2train.model.attention import Attention
 
 
-def rotate_half(x_BHTd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+def rotate_half(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first R dims of each head, whose pairs are (x_i, x_{i + R/2}), as in Llama and GLM-4.5.
 
     Args:
         x_BHTd: queries or keys, [rope | nope] in each head.
-        cos_TR: [T, R/2] fp32.
-        sin_TR: [T, R/2] fp32.
+        cos: [T, R/2] fp32, or [B, 1, T, R/2] where positions differ between rows.
+        sin: likewise.
 
     Returns:
         [B, H, T, d] in the dtype of ``x_BHTd``.
     """
-    half = cos_TR.shape[-1]
+    half = cos.shape[-1]
     first, second, rest = x_BHTd[..., :half], x_BHTd[..., half : 2 * half], x_BHTd[..., 2 * half :]
-    turned = first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR
+    turned = first * cos - second * sin, second * cos + first * sin
     return torch.cat((turned[0].to(x_BHTd.dtype), turned[1].to(x_BHTd.dtype), rest), dim=-1)
 
 
@@ -50,7 +50,7 @@ class GroupedQueryAttention(Attention):
         self.v_proj = nn.Linear(D, self.key_heads * self.value, bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, D, bias=False)
 
-    def project(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Attention``."""
         q, k, v = (
             projection(x_BTD).unflatten(-1, (number, -1)).transpose(1, 2)
@@ -60,8 +60,8 @@ class GroupedQueryAttention(Attention):
                 (self.v_proj, self.key_heads),
             )
         )
-        k, v = (x.repeat_interleave(self.heads // self.key_heads, dim=1) for x in (rotate_half(k, cos_TR, sin_TR), v))
-        return rotate_half(q, cos_TR, sin_TR), k, v
+        k, v = (x.repeat_interleave(self.heads // self.key_heads, dim=1) for x in (rotate_half(k, cos, sin), v))
+        return rotate_half(q, cos, sin), k, v
 
     def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``Attention``. Rotation keeps lengths and commutes with scaling, so rope and nope rows are alike.

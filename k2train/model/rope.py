@@ -107,55 +107,51 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BTHd: Tensor, kv_BTHd: Tensor, rope_BTR: Tensor, cos_TR: Tensor, sin_TR: Tensor
+        ctx: Any, q_BTHd: Tensor, kv_BTHd: Tensor, rope_BTR: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, T, H, d = q_BTHd.shape
         R = rope_BTR.shape[-1]
         N = d - R
-        ctx.save_for_backward(cos_TR, sin_TR)
+        ctx.save_for_backward(cos, sin)
         ctx.sizes = (N, R, kv_BTHd.shape[-1])
         q, k = q_BTHd.new_empty(B, H, T, d), q_BTHd.new_empty(B, H, T, d)
         q_BHTd, kv_BHTd = q_BTHd.transpose(1, 2), kv_BTHd.transpose(1, 2)
         q[..., :N] = q_BHTd[..., :N]
-        _rotate(q[..., N:], q_BHTd[..., N:], cos_TR, sin_TR)
+        _rotate(q[..., N:], q_BHTd[..., N:], cos, sin)
         k[..., :N] = kv_BHTd[..., :N]
         rotated = rope_BTR.new_empty(B, 1, T, R)
-        _rotate(rotated, rope_BTR.unsqueeze(1), cos_TR, sin_TR)
+        _rotate(rotated, rope_BTR.unsqueeze(1), cos, sin)
         k[..., N:] = rotated
         return q, k, kv_BHTd[..., N:].contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        cos_TR, sin_TR = ctx.saved_tensors
+        cos, sin = ctx.saved_tensors
         N, R, width = ctx.sizes
         B, H, T, d = grad_q.shape
         out_q, out_kv = grad_q.new_empty(B, T, H, d), grad_q.new_empty(B, T, H, width)
         out_q_BHTd, out_kv_BHTd = out_q.transpose(1, 2), out_kv.transpose(1, 2)
         out_q_BHTd[..., :N] = grad_q[..., :N]
-        _rotate_back(out_q_BHTd[..., N:], grad_q[..., N:], cos_TR, sin_TR)
+        _rotate_back(out_q_BHTd[..., N:], grad_q[..., N:], cos, sin)
         out_kv_BHTd[..., :N] = grad_k[..., :N]
         out_kv_BHTd[..., N:] = grad_v
         out_rope = grad_k.new_empty(B, T, R)
-        _rotate_back(
-            out_rope, grad_k[..., N:].sum(1, dtype=torch.promote_types(grad_k.dtype, torch.float32)), cos_TR, sin_TR
-        )
+        _rotate_back(out_rope, grad_k[..., N:].sum(1, dtype=torch.promote_types(grad_k.dtype, torch.float32)), cos, sin)
         return out_q, out_kv, out_rope, None, None
 
 
-def heads(
-    q_BTHd: Tensor, kv_BTHd: Tensor, rope_BTR: Tensor, cos_TR: Tensor, sin_TR: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def heads(q_BTHd: Tensor, kv_BTHd: Tensor, rope_BTR: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates the rope parts and lays queries, keys and values out by head.
 
     Args:
         q_BTHd: queries [B, T, H, N + R], [nope | rope] in each head.
         kv_BTHd: [B, T, H, N + V], [nope key | value] in each head.
         rope_BTR: the rope part of the key that all heads share [B, T, R].
-        cos_TR: [T, R/2] fp32.
-        sin_TR: [T, R/2] fp32.
+        cos: [T, R/2] fp32, or [B, 1, T, R/2] where positions differ between rows.
+        sin: likewise.
 
     Returns:
         q [B, H, T, N + R], k [B, H, T, N + R], v [B, H, T, V], contiguous.
     """
-    q, k, v = _Heads.apply(q_BTHd, kv_BTHd, rope_BTR, cos_TR, sin_TR)  # type: ignore[no-untyped-call]
+    q, k, v = _Heads.apply(q_BTHd, kv_BTHd, rope_BTR, cos, sin)  # type: ignore[no-untyped-call]
     return q, k, v

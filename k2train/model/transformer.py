@@ -38,9 +38,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after this layer, and the layer's balance loss where it has one."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR)
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after this layer, and the layer's balance loss where it has one. See ``Attention``."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT)
         normed = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             out, balance = self.mlp(normed)
@@ -80,12 +82,14 @@ class Transformer(nn.Module):
         """[V, D]: the head's own weight, or the embedding's when they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor, starts_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss of each token.
 
         Args:
             tokens_BT: token ids int64.
             labels_BT: the ids to be predicted, or -100 where none is.
+            starts_BT: int64, the index of the first token of each token's document, which alone it sees; positions
+                begin there. None for one document a row.
 
         Returns:
             Cross-entropy [B, T] in nats (fp32, 0 where the label is -100), and the sequence-wise balance loss: a
@@ -99,15 +103,15 @@ class Transformer(nn.Module):
                 f"labels of shape {tuple(labels_BT.shape)} for tokens of shape {tuple(tokens_BT.shape)}: "
                 "give one label for each token, -100 where there is none"
             )
-        x_BTD, balance = self._hidden(tokens_BT)
+        x_BTD, balance = self._hidden(tokens_BT, starts_BT)
         loss = cross_entropy(x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten()).view(labels_BT.shape)
         return loss, loss.new_zeros(()) if balance is None else balance
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Scores of the next token at each position, [B, T, V] fp32. Raises as ``forward`` does."""
-        return F.linear(self._hidden(tokens_BT)[0], self.head_weight).float()
+    def logits(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """Scores of the next token at each position, [B, T, V] fp32. Takes and raises what ``forward`` does."""
+        return F.linear(self._hidden(tokens_BT, starts_BT)[0], self.head_weight).float()
 
-    def _hidden(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if tokens_BT.ndim != 2 or tokens_BT.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"tokens of shape {tuple(tokens_BT.shape)} and dtype {tokens_BT.dtype}: give token ids as "
@@ -121,10 +125,13 @@ class Transformer(nn.Module):
             )
         scaling = self.config.rope_scaling
         frequencies = rope_frequencies(self.config.qk_rope_head_dim, theta=self.config.rope_theta, scaling=scaling)
-        cos_TR, sin_TR = rope_table(frequencies.to(tokens_BT.device), T, scaling=scaling)
+        cos, sin = rope_table(frequencies.to(tokens_BT.device), T, scaling=scaling)
+        if starts_BT is not None:
+            positions_B1T = (torch.arange(T, device=starts_BT.device) - starts_BT)[:, None]
+            cos, sin = cos[positions_B1T], sin[positions_B1T]
         x_BTD, balance = self.embed_tokens(tokens_BT), None
         for layer in self.layers:
-            x_BTD, part = layer(x_BTD, cos_TR, sin_TR)
+            x_BTD, part = layer(x_BTD, cos, sin, starts_BT)
             if part is not None:
                 balance = part if balance is None else balance + part
         return self.norm(x_BTD), balance

@@ -191,8 +191,9 @@ class Trainer:
         self.model.train()
         for number in range(micro_batches):
             start = first + (number * self.world.size + self.world.rank) * size
-            tokens_BT, labels_BT = self.stream.batch(range(start, start + size))
-            loss_BT, balance = self.engine(tokens_BT.to(device), labels_BT.to(device))
+            tokens_BT, labels_BT, starts_BT = self.stream.batch(range(start, start + size))
+            starts = starts_BT.to(device) if self.config.train.document_mask else None
+            loss_BT, balance = self.engine(tokens_BT.to(device), labels_BT.to(device), starts)
             loss = loss_BT.mean()  # every position of a packed sample has a label
             self.engine.backward(loss + balance)
             loss_sum += loss.detach()
@@ -230,6 +231,7 @@ class Trainer:
             windows,
             bytes_of_token=_bytes_of_tokens(self.dataset.tokenizer),
             batch_size=config.train.micro_batch_size,
+            document_mask=config.train.document_mask,
             world=self.world,
         )
         record = {

@@ -11,7 +11,7 @@ import torch
 from k2train.comm import World, sum_across
 from k2train.model import Transformer
 
-Window = tuple[torch.Tensor, torch.Tensor]  # tokens and labels, (T,) each
+Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, labels and starts, (T,) each
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,17 @@ def held_out_loss(
     *,
     bytes_of_token: torch.Tensor,
     batch_size: int,
+    document_mask: bool,
     world: World,
 ) -> HeldOutLoss:
     """Reads the windows, shared out over the ranks, without touching expert loads or max logits.
 
     Args:
         model: put into eval mode meanwhile.
-        windows: (tokens_T, labels_T) each; labels of -100 do not count.
+        windows: (tokens_T, labels_T, starts_T) each; labels of -100 do not count.
         bytes_of_token: (V,) length in bytes of each token's text.
         batch_size: windows a rank reads at once.
+        document_mask: whether attention stays inside a document.
         world: the run's processes. All of them must come here: experts may live on any of them.
     """
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -58,12 +60,12 @@ def held_out_loss(
         for start in range(0, len(windows), batch_size * world.size):
             first = start + world.rank * batch_size
             batch = [_window(windows, number) for number in range(first, first + batch_size)]
-            tokens_BT = torch.stack([t for t, _ in batch])
-            labels_BT = torch.stack([label for _, label in batch])
+            tokens_BT, labels_BT, starts_BT = (torch.stack(tensors) for tensors in zip(*batch, strict=True))
             counted = labels_BT[labels_BT >= 0]
             tokens += counted.numel()
             size += int(bytes_of_token[counted].sum())
-            loss_BT, _ = model(tokens_BT.to(world.device), labels_BT.to(world.device))
+            starts = starts_BT.to(world.device) if document_mask else None
+            loss_BT, _ = model(tokens_BT.to(world.device), labels_BT.to(world.device), starts)
             nats += loss_BT.double().sum()
     model.train(was_training)
     total_nats, total_tokens, total_bytes = sum_across([nats, tokens, size], device=world.device)
@@ -74,5 +76,5 @@ def _window(windows: Sequence[Window], number: int) -> Window:
     """A window, or past the last one a blank, as every rank must run the same number of batches."""
     if number < len(windows):
         return windows[number]
-    tokens, labels = windows[0]
-    return tokens, torch.full_like(labels, -100)
+    tokens, labels, starts = windows[0]
+    return tokens, torch.full_like(labels, -100), starts

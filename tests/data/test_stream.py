@@ -31,7 +31,7 @@ def test_an_epoch_predicts_each_token_once(dataset: Dataset, stream: TrainStream
 
 def test_a_batch_is_its_samples(stream: TrainStream):
     numbers = [3, 0, 10**6, 3]
-    tokens, labels = stream.batch(numbers)
+    tokens, labels, _ = stream.batch(numbers)
     assert tokens.shape == labels.shape == (4, 32)
     assert tokens.dtype == labels.dtype == torch.int64
     for row, number in enumerate(numbers):
@@ -40,7 +40,7 @@ def test_a_batch_is_its_samples(stream: TrainStream):
 
 
 def test_however_samples_are_shared_out_they_are_the_same(stream: TrainStream):
-    whole, _ = stream.batch(range(48))
+    whole, *_ = stream.batch(range(48))
     for ranks, micro in itertools.product((1, 2, 4), (1, 3)):
         pieces = {}
         for rank in range(ranks):
