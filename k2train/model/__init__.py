@@ -8,6 +8,7 @@ from k2train.model.attention import Attention, LatentAttention
 from k2train.model.causal import attention
 from k2train.model.dispatch import ExpertParallel
 from k2train.model.grouped_query import GroupedQueryAttention
+from k2train.model.loss import document_losses
 from k2train.model.moe import MoE
 from k2train.model.router import Router, update_bias
 from k2train.model.transformer import Transformer, build_model
@@ -22,5 +23,6 @@ __all__ = [
     "Transformer",
     "attention",
     "build_model",
+    "document_losses",
     "update_bias",
 ]

@@ -1,6 +1,6 @@
 """Cross-entropy of a language-model head without holding all logits.
 
-Shapes: N tokens, D model, V vocabulary.
+Shapes: N tokens, D model, V vocabulary; B rows of T tokens.
 """
 
 from __future__ import annotations
@@ -74,3 +74,18 @@ def cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
     out: Tensor = _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, rows)  # type: ignore[no-untyped-call]
     return out
+
+
+def document_losses(loss_BT: Tensor, labels_BT: Tensor, starts_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each document of a batch, from that of its tokens: nothing of the vocabulary's size is touched.
+
+    Args:
+        loss_BT: of each token, as ``Transformer`` returns it.
+        labels_BT: those it was computed with.
+        starts_BT: int64, the index of the first token of each token's document.
+
+    Returns:
+        Summed nats [B, T] and predicted tokens [B, T] int64 of the document that begins there; 0 where none does.
+    """
+    nats = torch.zeros_like(loss_BT).scatter_add_(1, starts_BT, loss_BT)
+    return nats, torch.zeros_like(labels_BT).scatter_add_(1, starts_BT, (labels_BT != IGNORE).to(labels_BT.dtype))

@@ -136,7 +136,8 @@ class _Heads(torch.autograd.Function):
         out_kv_BHTd[..., :N] = grad_k[..., :N]
         out_kv_BHTd[..., N:] = grad_v
         out_rope = grad_k.new_empty(B, T, R)
-        _rotate_back(out_rope, grad_k[..., N:].sum(1, dtype=torch.promote_types(grad_k.dtype, torch.float32)), cos, sin)
+        wide = torch.promote_types(grad_k.dtype, torch.float32)
+        _rotate_back(out_rope.unsqueeze(1), grad_k[..., N:].sum(1, keepdim=True, dtype=wide), cos, sin)
         return out_q, out_kv, out_rope, None, None
 
 
