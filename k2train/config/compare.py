@@ -10,6 +10,7 @@ HARMLESS = (
     "runs_dir",
     "data.cache_dir",
     "train.micro_batch_size",
+    "train.activation_checkpointing",
     "train.device",
     "train.threads",
     "parallel",

@@ -37,7 +37,10 @@ class Attention(Float32Buffers):
     Attributes:
         exact_above: a head whose logits provably do not exceed this may report that bound instead of its maximum. No
             more than QK-Clip's tau. (Kernels that see their logits, such as the one for CPUs, are always exact.)
+        recompute: whether the backward pass makes probabilities again that it could have kept.
     """
+
+    recompute = False
 
     float32_buffers: ClassVar[tuple[str, ...]] = ("max_logits",)
     max_logits: Tensor
@@ -68,7 +71,14 @@ class Attention(Float32Buffers):
         B, T, _ = x_BTD.shape
         q, k, v = self.project(x_BTD, cos, sin)
         out_BHTV, maxima = attention(
-            q, k, v, starts_BT, scale=self.scale, with_max=counts(self), exact_above=self.exact_above
+            q,
+            k,
+            v,
+            starts_BT,
+            scale=self.scale,
+            with_max=counts(self),
+            exact_above=self.exact_above,
+            keep=not self.recompute,
         )
         if maxima is not None:
             self.max_logits = torch.maximum(self.max_logits, maxima.largest)

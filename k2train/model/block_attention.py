@@ -56,39 +56,56 @@ def _logits(
     return out
 
 
+@torch.library.custom_op("k2train::block_attention", mutates_args=())
+def _attend(
+    q_nTd: Tensor, k_nTd: Tensor, v_nTV: Tensor, starts_nT: Tensor | None, scale: float, with_max: bool, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Outputs, maxima of each sequence, and probabilities if they are to be kept.
+
+    One operator, so that selective checkpointing can keep what it returns.
+    """
+    n, T, _ = q_nTd.shape
+    q, k, mask = _wide(q_nTd), _wide(k_nTd), _mask(q_nTd)
+    out, kept = torch.empty_like(v_nTV), []
+    maxima = q.new_full((n, -(-T // ROWS)), float("-inf"))
+    for block in _blocks(n, T, _group_size(T), starts_nT):
+        group, start, stop, first = block
+        logits = _logits(q, k, mask, starts_nT, block, scale)
+        if with_max:
+            torch.amax(logits, (1, 2), out=maxima[group, start // ROWS])
+        probabilities = logits.softmax(-1).to(v_nTV.dtype)
+        out[group, start:stop] = torch.bmm(probabilities, v_nTV[group, first:stop])
+        if keep:
+            kept.append(probabilities)
+    return out, maxima.amax(1), kept
+
+
 class _BlockAttention(torch.autograd.Function):
     """Attention by blocks of rows against the keys that they can see: nothing above the diagonal is computed."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_nTd: Tensor, k_nTd: Tensor, v_nTV: Tensor, starts_nT: Tensor | None, scale: float, with_max: bool
+        ctx: Any,
+        q_nTd: Tensor,
+        k_nTd: Tensor,
+        v_nTV: Tensor,
+        starts_nT: Tensor | None,
+        scale: float,
+        with_max: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         n, T, _ = q_nTd.shape
-        size = max(1, torch.get_num_threads() * BLOCK // (min(ROWS, T) * T))
-        keep = any(ctx.needs_input_grad) and n * T * T // 2 <= KEPT_PROBABILITIES
-        q, k = _wide(q_nTd), _wide(k_nTd)
-        mask = q.new_full((min(ROWS, T), min(ROWS, T)), float("-inf")).triu_(1)
-        out, kept = torch.empty_like(v_nTV), []
-        maxima = q.new_full((n, -(-T // ROWS)), float("-inf"))
-        for block in _blocks(n, T, size, starts_nT):
-            group, start, stop, first = block
-            logits = _logits(q, k, mask, starts_nT, block, scale)
-            if with_max:
-                torch.amax(logits, (1, 2), out=maxima[group, start // ROWS])
-            probabilities = logits.softmax(-1).to(v_nTV.dtype)
-            out[group, start:stop] = torch.bmm(probabilities, v_nTV[group, first:stop])
-            if keep:
-                kept.append(probabilities)
-        ctx.save_for_backward(q_nTd, k_nTd, v_nTV, mask, starts_nT, *kept)
-        ctx.scale, ctx.size = scale, size
-        largest = maxima.amax(1)
+        keep = keep and any(ctx.needs_input_grad) and n * T * T // 2 <= KEPT_PROBABILITIES
+        out, largest, kept = _attend(q_nTd, k_nTd, v_nTV, starts_nT, scale, with_max, keep)
+        ctx.save_for_backward(q_nTd, k_nTd, v_nTV, starts_nT, *kept)
+        ctx.scale, ctx.size = scale, _group_size(T)
         ctx.mark_non_differentiable(largest)
         return out, largest
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        q, k, v, mask, starts, *kept = ctx.saved_tensors
-        scale = ctx.scale
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, starts, *kept = ctx.saved_tensors
+        scale, mask = ctx.scale, _mask(q)
         wide_q, wide_k = (q, k) if kept else (_wide(q), _wide(k))
         grad_q = torch.empty_like(q)
         # Summed over blocks, hence in fp32 at least.
@@ -102,7 +119,18 @@ class _BlockAttention(torch.autograd.Function):
             grad_q[group, start:stop] = torch.baddbmm(q[:1, :1, :1], grad_s, k[group, first:stop], beta=0, alpha=scale)
             _add_bmm(grad_k[group, first:stop], grad_s.transpose(1, 2), q[group, start:stop], scale)
             _add_bmm(grad_v[group, first:stop], p.transpose(1, 2), grad_rows, 1.0)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
+
+
+def _group_size(length: int) -> int:
+    """Sequences whose blocks are computed at once."""
+    return max(1, torch.get_num_threads() * BLOCK // (min(ROWS, length) * length))
+
+
+def _mask(q_nTd: Tensor) -> Tensor:
+    """What hides the keys after a query, for the rows of a block [R, R]."""
+    rows = min(ROWS, q_nTd.shape[1])
+    return _wide(q_nTd).new_full((rows, rows), float("-inf")).triu_(1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -119,7 +147,14 @@ def _add_bmm(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
 
 
 def block_attention(
-    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, starts_BT: Tensor | None, *, scale: float, with_max: bool
+    q_BHTd: Tensor,
+    k_BHTd: Tensor,
+    v_BHTV: Tensor,
+    starts_BT: Tensor | None,
+    *,
+    scale: float,
+    with_max: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention and each head's largest logit.
 
@@ -130,6 +165,7 @@ def block_attention(
         starts_BT: the first key that a query sees; None for 0.
         scale: of the logits, positive.
         with_max: whether the maxima are wanted; they are -inf otherwise.
+        keep: whether probabilities may be kept for the backward pass, up to ``KEPT_PROBABILITIES``.
 
     Returns:
         out [B, H, T, V] and the exact maxima [H] fp32.
@@ -137,5 +173,5 @@ def block_attention(
     B, H, T, _ = q_BHTd.shape
     q, k, v = q_BHTd.flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
     starts = None if starts_BT is None else starts_BT.repeat_interleave(H, 0)
-    out, maxima = _BlockAttention.apply(q, k, v, starts, scale, with_max)  # type: ignore[no-untyped-call]
+    out, maxima = _BlockAttention.apply(q, k, v, starts, scale, with_max, keep)  # type: ignore[no-untyped-call]
     return out.view(B, H, T, -1), maxima.view(B, H).amax(0).float()

@@ -85,6 +85,7 @@ def attention(
     scale: float,
     with_max: bool,
     exact_above: float = float("-inf"),
+    keep: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, MaxLogits | None]:
     """``softmax(scale * q k^T) v`` over the visible pairs.
@@ -103,6 +104,7 @@ def attention(
         scale: of the logits, positive.
         with_max: whether the largest logits are wanted.
         exact_above: QK-Clip's tau, or less.
+        keep: whether the block attention may keep probabilities for the backward pass, or has to make them again.
         backend: one of ``BACKENDS``; None for ``choose_backend``.
 
     Returns:
@@ -122,7 +124,7 @@ def attention(
         raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}, or None")
     none = torch.zeros((), dtype=torch.int64, device=q_BHTd.device)
     if name == "block":
-        out, largest = block_attention(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale, with_max=with_max)
+        out, largest = block_attention(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale, with_max=with_max, keep=keep)
         return out, MaxLogits(largest, none) if with_max else None
     if name == "flex":
         out, row_maxima = kernels.flex(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2train.model.permutation import combine, sorted_order, spread
+from k2train.model.recompute import recomputed
 
 # oneDNN prepares a bf16 product anew for each number of rows that it has not met, which takes longer than the product.
 BF16_ROWS = 32
@@ -119,12 +120,29 @@ class _ExpertLoop(torch.autograd.Function):
         return grad_x_ND.to(x_ND.dtype), grad_weights.view_as(weights_NK), grad_w1, grad_w3, grad_w2, None, None
 
 
-def _grouped(x_MD: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, loads_E: Tensor) -> Tensor:
-    """Rows sorted by expert, by grouped matrix products whose row counts stay on the GPU."""
+def _grouped(
+    x_ND: Tensor,
+    index_NK: Tensor,
+    weights_NK: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    loads_E: Tensor,
+    *,
+    recompute: bool,
+) -> Tensor:
+    """By grouped matrix products over rows sorted by expert, whose counts stay on the GPU."""
+    order_M, place_M = sorted_order(index_NK.flatten())
     offsets = loads_E.cumsum(0, dtype=torch.int32)
+    x_MD = spread(x_ND, order_M, place_M)
     gate = F.grouped_mm(x_MD, w1.transpose(1, 2), offs=offsets)
     up = F.grouped_mm(x_MD, w3.transpose(1, 2), offs=offsets)
-    return F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offsets)
+
+    def down(gate: Tensor, up: Tensor, weights_NK: Tensor) -> Tensor:
+        rows_MD = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offsets)
+        return combine(rows_MD, weights_NK, order_M, place_M)
+
+    return recomputed(down, gate, up, weights_NK) if recompute else down(gate, up, weights_NK)
 
 
 def routed_experts(
@@ -135,6 +153,8 @@ def routed_experts(
     w3: Tensor,
     w2: Tensor,
     loads_E: Tensor,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """``sum_k weights[n, k] * w2_e (silu(w1_e x[n]) * w3_e x[n])`` with e = index[n, k].
 
@@ -146,21 +166,28 @@ def routed_experts(
         w3: up weights [E, I, D].
         w2: down weights [E, D, I].
         loads_E: how often each expert is in ``index_NK``. Any may be 0: that expert's gradients are zeros.
+        recompute: whether the backward pass makes again what is between the up-projections and the sum. The loop that
+            CPUs run keeps none of it in any case.
 
     Returns:
         [N, D].
     """
-    order_M, place_M = sorted_order(index_NK.flatten())
     # grouped_mm on a GPU takes bf16 whose rows are multiples of 16 bytes.
     if x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and w1.shape[1] % 8 == 0 and w1.shape[2] % 8 == 0:
-        rows_MD = _grouped(spread(x_ND, order_M, place_M), w1, w3, w2, loads_E)
-        return combine(rows_MD, weights_NK, order_M, place_M)
+        return _grouped(x_ND, index_NK, weights_NK, w1, w3, w2, loads_E, recompute=recompute)
+    order_M, _ = sorted_order(index_NK.flatten())
     out: Tensor = _ExpertLoop.apply(x_ND, weights_NK, w1, w3, w2, order_M, loads_E.tolist())  # type: ignore[no-untyped-call]
     return out
 
 
 class Experts(nn.Module):
-    """The weights of this process's experts, under the names that DeepSpeed's expert layers have: w1, w2, w3."""
+    """The weights of this process's experts, under the names that DeepSpeed's expert layers have: w1, w2, w3.
+
+    Attributes:
+        recompute: see ``routed_experts``.
+    """
+
+    recompute = False
 
     def __init__(self, experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -170,4 +197,4 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor, loads_E: Tensor) -> Tensor:
         """The weighted sum over each token's experts; see ``routed_experts``."""
-        return routed_experts(x_ND, index_NK, weights_NK, self.w1, self.w3, self.w2, loads_E)
+        return routed_experts(x_ND, index_NK, weights_NK, self.w1, self.w3, self.w2, loads_E, recompute=self.recompute)

@@ -8,9 +8,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k2train.model.recompute import recomputed
+
 
 class MLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` without biases."""
+    """``down(silu(gate(x)) * up(x))`` without biases.
+
+    Attributes:
+        recompute: whether the backward pass makes silu and product again.
+    """
+
+    recompute = False
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -20,5 +28,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return recomputed(self._down, gate, up) if self.recompute else self._down(gate, up)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out

@@ -22,6 +22,7 @@ from k2train.model.loss import cross_entropy
 from k2train.model.mlp import MLP
 from k2train.model.moe import MoE
 from k2train.model.norm import RMSNorm
+from k2train.model.recompute import recomputed, recomputed_around_attention
 from k2train.model.rope import rope_frequencies, rope_table
 from k2train.model.router import Router
 
@@ -29,7 +30,13 @@ ATTENTION: dict[str, type[Attention]] = {"mla": LatentAttention, "gqa": GroupedQ
 
 
 class Block(nn.Module):
-    """One layer: attention, then a dense or mixture-of-experts feed-forward, each on a normed residual stream."""
+    """One layer: attention, then a dense or mixture-of-experts feed-forward, each on a normed residual stream.
+
+    Attributes:
+        checkpointing: see ``Transformer.checkpoint_activations``.
+    """
+
+    checkpointing = "none"
 
     def __init__(self, config: ModelConfig, mlp: MLP | MoE) -> None:
         super().__init__()
@@ -42,12 +49,24 @@ class Block(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this layer, and the layer's balance loss where it has one. See ``Attention``."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT)
+        if self.checkpointing == "full":
+            return recomputed(self._layer, x_BTD, cos, sin, starts_BT)
+        return self._layer(x_BTD, cos, sin, starts_BT)
+
+    def _layer(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.checkpointing == "selective":
+            x_BTD = x_BTD + recomputed_around_attention(self._attend, x_BTD, cos, sin, starts_BT)
+        else:
+            x_BTD = x_BTD + self._attend(x_BTD, cos, sin, starts_BT)
         normed = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             out, balance = self.mlp(normed)
             return x_BTD + out, balance
         return x_BTD + self.mlp(normed), None
+
+    def _attend(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None) -> Tensor:
+        out: Tensor = self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT)
+        return out
 
 
 class Transformer(nn.Module):
@@ -135,6 +154,18 @@ class Transformer(nn.Module):
             if part is not None:
                 balance = part if balance is None else balance + part
         return self.norm(x_BTD), balance
+
+    def checkpoint_activations(self, mode: str) -> None:
+        """What the backward pass makes again, from now on; no number changes.
+
+        Args:
+            mode: none; selective: what takes much memory and little work (see ``recompute``); full: all of a layer.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.checkpointing = mode
+            elif isinstance(module, (Attention, MLP, Experts)):
+                module.recompute = mode == "selective"
 
     def attention_layers(self) -> list[tuple[str, Attention]]:
         """Every attention module with its global name: what QK-Clip watches and scales."""

@@ -82,6 +82,7 @@ class Trainer:
             moe_class=DeepSpeedMoE,
         )
         mark_experts(self.model, parallel)
+        self.model.checkpoint_activations(config.train.activation_checkpointing)
         self.clip = build_clip(config.optim, self.model)
         self.optimizer = build_optimizer(
             config.optim, self.model, self.clip, expert_group=group_name(parallel.size), device=world.device

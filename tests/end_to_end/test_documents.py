@@ -12,18 +12,31 @@ from k2train.config import RunConfig, parse
 from k2train.data import TrainStream, open_dataset
 from k2train.model import build_model
 
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(runner) -> Path:
+    """So short that several share a window."""
+    folder = runner.folder / "short-documents"
+    folder.mkdir()
+    for path in ROOT.glob("k2train/*/*.py"):
+        (folder / f"{path.parent.name}-{path.name}").write_text(path.read_text()[:50])
+    return folder
+
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_losses_of_a_run_are_those_of_its_documents(runner, masked):
+def test_the_losses_of_a_run_are_those_of_its_documents(runner, corpus, masked):
     name = f"documents-{masked}".lower()
     still = ("optim.lr=0", "model.router_bias_rate=0", "schedule.steps=1", "schedule.warmup_steps=0")
     mask = f"train.document_mask={masked}".lower()
-    run = runner.run(name, mask, *still, "train.precision=fp32", "generate.max_tokens=1")
+    own = (f"data.path={corpus}", f"data.cache_dir={runner.folder / 'short-cache'}")
+    run = runner.run(name, mask, *still, *own, "train.precision=fp32", "generate.max_tokens=1")
     assert run.returncode == 0, run.stderr
     training, validation = runner.records(name)
 
     config = parse(RunConfig, json.loads((runner.runs / name / "config.json").read_text()))
-    (manifest,) = Path(runner.folder / "cache").rglob("manifest.json")
+    (manifest,) = (runner.folder / "short-cache").rglob("manifest.json")
     dataset = open_dataset(manifest)
     sizes = dataclasses.replace(config.model, vocab_size=dataset.padded_vocab_size)
     model = build_model(sizes, seed=config.seed).eval()

@@ -58,7 +58,7 @@ def test_experts_by_grouped_products(monkeypatch, experts_of_all):
     values = [(0.2 * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes]
     scores = torch.rand(33, 1, generator=generator)
     taken, grouped = [], experts._grouped
-    monkeypatch.setattr(experts, "_grouped", lambda *args: taken.append(True) or grouped(*args))
+    monkeypatch.setattr(experts, "_grouped", lambda *args, **kwargs: taken.append(True) or grouped(*args, **kwargs))
 
     def run(device: str, dtype: torch.dtype):
         x, *weights = inputs = [v.detach().to(device, dtype).requires_grad_() for v in values]
