@@ -17,21 +17,21 @@ CHUNK_LOGITS = 2**20
 KEPT_LOGITS = 2**24
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def _log_probabilities(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.mm(x, weight.t()).log_softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int) -> Tensor:
         target_N1 = labels_N.clamp(min=0)[:, None]
         keep = any(ctx.needs_input_grad) and len(x_ND) * len(weight_VD) <= KEPT_LOGITS
         parts, kept = [], []
         for x, target in zip(torch.split(x_ND, rows), torch.split(target_N1, rows), strict=True):
-            log_probabilities = _ChunkedCrossEntropy._log_probabilities(x, weight_VD)
-            parts.append(log_probabilities.gather(1, target).squeeze(1).neg_())
+            logits = torch.mm(x, weight_VD.t())
+            parts.append(logits.log_softmax(-1, dtype=_wide(x)).gather(1, target).squeeze(1).neg_())
             if keep:
-                kept.append(log_probabilities)
+                kept.append(logits)
         ctx.save_for_backward(x_ND, weight_VD, labels_N, *kept)
         ctx.rows = rows
         return torch.cat(parts).masked_fill_(labels_N == IGNORE, 0.0)
@@ -43,12 +43,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_N1 = labels_N.clamp(min=0)[:, None]
         grad_x = torch.empty_like(x_ND)
         # Summed over chunks, hence in fp32 at least.
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        grad_weight = torch.zeros_like(weight_VD, dtype=_wide(weight_VD))
         chunks = (torch.split(tensor, ctx.rows) for tensor in (x_ND, target_N1, grad_N1, grad_x))
         for number, (x, target, grad, out) in enumerate(zip(*chunks, strict=True)):
-            log_probabilities = kept[number] if kept else _ChunkedCrossEntropy._log_probabilities(x, weight_VD)
+            logits = kept[number] if kept else torch.mm(x, weight_VD.t())
             # d loss / d logits = softmax - one-hot(label)
-            grad_logits = log_probabilities.exp().mul_(grad).scatter_add_(1, target, -grad).to(x.dtype)
+            grad_logits = logits.softmax(-1, dtype=_wide(x)).mul_(grad).scatter_add_(1, target, -grad).to(x.dtype)
             torch.mm(grad_logits, weight_VD, out=out)
             if x.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad_logits.t(), x)

@@ -5,14 +5,32 @@ Shapes: B sequences, T tokens of each, N = B*T tokens, D model, E experts, K exp
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2train.config import ModelConfig
 from k2train.model.float32 import Float32Buffers, counts
+
+
+class _WideLinear(torch.autograd.Function):
+    """``x W^T`` in fp32 of narrower tensors, which alone are kept: at K2's width the wide tokens take 28 KB each."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_ED)
+        return torch.mm(*_widened(x_ND, weight_ED.t()))
+
+    @staticmethod
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, Tensor]:
+        x_ND, weight_ED = ctx.saved_tensors
+        wide_ND, wide_ED = _widened(x_ND, weight_ED)
+        return torch.mm(grad_NE, wide_ED).to(x_ND.dtype), torch.mm(grad_NE.t(), wide_ND).to(weight_ED.dtype)
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 def select(scores_NE: Tensor, bias_E: Tensor, *, top_k: int, n_group: int, topk_group: int) -> Tensor:
@@ -132,8 +150,8 @@ class Router(Float32Buffers):
             Chosen experts [N, K] int64, their weights [N, K] fp32, tokens an expert [E] int64, and the sequence-wise
             balance loss (None when its weight is 0).
         """
-        scores_BTE = F.linear(x_BTD.float(), self.weight.float()).sigmoid()
-        scores_NE = scores_BTE.flatten(0, 1)
+        logits_NE: Tensor = _WideLinear.apply(x_BTD.flatten(0, 1), self.weight)  # type: ignore[no-untyped-call]
+        scores_NE = logits_NE.sigmoid()
         index_NK = select(
             scores_NE.detach(),
             self.e_score_correction_bias,
@@ -147,5 +165,6 @@ class Router(Float32Buffers):
             self.loads += loads_E
         balance = None
         if self.balance_loss_weight > 0:
+            scores_BTE = scores_NE.view(*x_BTD.shape[:2], -1)
             balance = sequence_balance_loss(scores_BTE, top_k=self.top_k, weight=self.balance_loss_weight)
         return index_NK, weights_NK, loads_E, balance
