@@ -1,7 +1,7 @@
 """How long a training step takes, and how much memory, beside transformers' DeepseekV3ForCausalLM.
 
-    python benchmarks/model_step.py --model base --batch 4 --length 512 --threads 1
-    python benchmarks/model_step.py --model base --batch 4 --length 512 --memory
+    python benchmarks/model_step.py --model base --vocabulary 8192 --batch 4 --length 512 --threads 1
+    python benchmarks/model_step.py --model base --vocabulary 8192 --batch 4 --length 512 --memory
 
 Both models have the same weights and read the same tokens, new ones in each round: the forward pass, the loss, the
 backward pass and a step of torch's fused AdamW. transformers runs with its fastest settings for a CPU, sdpa attention
@@ -36,10 +36,10 @@ OURS, THEIRS = "k2train", "transformers"
 Step = Callable[[int], object]
 
 
-def model_config(name: str) -> ModelConfig:
-    """Of ``configs/model``; a vocabulary that a tokenizer would decide is 4096."""
+def model_config(name: str, *, vocabulary: int = 4096) -> ModelConfig:
+    """Of ``configs/model``; where the tokenizer would decide the size of the vocabulary, it is ``vocabulary``."""
     config = parse(RunConfig, compose(TRAIN, [f"model={name}"])).model
-    return config if config.vocab_size else dataclasses.replace(config, vocab_size=4096)
+    return config if config.vocab_size else dataclasses.replace(config, vocab_size=vocabulary)
 
 
 def transformers_model(config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -125,9 +125,12 @@ def flops(config: ModelConfig, *, batch: int, length: int) -> float:
     return 3 * batch * length * (2 * weights + config.num_hidden_layers * heads * length)
 
 
-def time_steps(config: ModelConfig, dtype: torch.dtype, *, batch: int, length: int, rounds: int) -> None:
+def time_steps(
+    config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, batch: int, length: int, rounds: int
+) -> None:
     """Prints a table."""
     ours = build_model(config, seed=0, dtype=dtype)
+    ours.checkpoint_activations(checkpointing)
     theirs = transformers_model(config, dtype)
     copy_weights(ours, theirs)
     steps = {
@@ -146,13 +149,17 @@ def time_steps(config: ModelConfig, dtype: torch.dtype, *, batch: int, length: i
     print(f"\nk2train is {ratio:.2f} times as fast ({low:.2f} to {high:.2f}); peak {peak / 1e9:.0f} GFLOP/s.")
 
 
-def peak_memory(name: str, config: ModelConfig, dtype: torch.dtype, *, batch: int, length: int) -> int:
+def peak_memory(
+    name: str, config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, batch: int, length: int
+) -> int:
     """Bytes that four steps of one of the two need beyond what the imports took."""
     import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if name == OURS:
-        step = our_step(build_model(config, seed=0, dtype=dtype).train(), batch=batch, length=length)
+        model = build_model(config, seed=0, dtype=dtype).train()
+        model.checkpoint_activations(checkpointing)
+        step = our_step(model, batch=batch, length=length)
     else:
         step = their_step(transformers_model(config, dtype), config, batch=batch, length=length)
     for number in range(4):
@@ -164,23 +171,26 @@ def main() -> None:
     """Prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="base", help="of configs/model")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of models whose tokenizer would decide it")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if BFLOAT16 else "fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none", help="k2train's")
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead of time")
     parser.add_argument("--memory-of", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    config, dtype = model_config(arguments.model), DTYPES[arguments.dtype]
+    config = model_config(arguments.model, vocabulary=arguments.vocabulary)
+    dtype, checkpointing = DTYPES[arguments.dtype], arguments.checkpointing
     sizes = {"batch": arguments.batch, "length": arguments.length}
     if arguments.memory_of:
-        print(peak_memory(arguments.memory_of, config, dtype, **sizes))
+        print(peak_memory(arguments.memory_of, config, dtype, checkpointing, **sizes))
         return
     parameters = sum(p.numel() for p in build_model(config, seed=0, device="meta").parameters())
     print(f"{machine('transformers')}\n\n{arguments.model} ({parameters / 1e6:.1f} M parameters), {arguments.dtype}, ")
-    print(f"batch {arguments.batch}, T {arguments.length}.")
+    print(f"batch {arguments.batch}, T {arguments.length}, checkpointing {checkpointing}.")
     if arguments.memory:
         found = {}
         for name in (OURS, THEIRS):
@@ -189,7 +199,7 @@ def main() -> None:
             print(f"{name}: {found[name] / 2**20:.0f} MiB")
         print(f"k2train needs {found[OURS] / found[THEIRS]:.2f} of the memory.")
     else:
-        time_steps(config, dtype, **sizes, rounds=arguments.rounds)
+        time_steps(config, dtype, checkpointing, **sizes, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":
