@@ -11,6 +11,7 @@ HARMLESS = (
     "data.cache_dir",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.compile",
     "train.device",
     "train.threads",
     "parallel",

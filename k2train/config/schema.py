@@ -228,6 +228,7 @@ class TrainConfig:
     device: str = rule(one_of=("auto", "cpu", "cuda"))
     precision: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
     activation_checkpointing: str = rule(one_of=("none", "selective", "full"))  # see k2train.model.recompute
+    compile: bool = rule()  # torch.compile, see k2train.model.compile
     threads: int | None = rule(at_least=1)  # CPU threads a process; null: the cores of the node shared out
 
 

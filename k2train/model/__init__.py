@@ -6,6 +6,7 @@ exposed by ``attention_layers``, ``moe_layers`` and ``parameter_roles``.
 
 from k2train.model.attention import Attention, LatentAttention
 from k2train.model.causal import attention
+from k2train.model.compile import compile_parts
 from k2train.model.dispatch import ExpertParallel
 from k2train.model.grouped_query import GroupedQueryAttention
 from k2train.model.loss import document_losses
@@ -23,6 +24,7 @@ __all__ = [
     "Transformer",
     "attention",
     "build_model",
+    "compile_parts",
     "document_losses",
     "update_bias",
 ]

@@ -26,6 +26,7 @@ from k2train.model import build_model, update_bias
 from k2train.paths import RunPaths, atomic_write
 from k2train.train import state, zero
 from k2train.train.audit import OnceEach
+from k2train.train.compile import Compiled
 from k2train.train.engine import PRECISIONS, build_clip, build_engine, build_optimizer, choose_precision
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
@@ -83,6 +84,7 @@ class Trainer:
         )
         mark_experts(self.model, parallel)
         self.model.checkpoint_activations(config.train.activation_checkpointing)
+        self.compiled = Compiled(self.model, device=world.device) if config.train.compile else None
         self.clip = build_clip(config.optim, self.model)
         self.optimizer = build_optimizer(
             config.optim, self.model, self.clip, expert_group=group_name(parallel.size), device=world.device
@@ -112,6 +114,8 @@ class Trainer:
         proof = OnceEach(self.engine, self.optimizer, self.model, self.experts)
         while self.progress.step < self.config.steps:
             record = self.step()
+            if self.compiled:
+                self.compiled.check()
             proof.check(applied=record["applied"])
             step = self.progress.step
             last = step == self.config.steps
@@ -353,6 +357,7 @@ class Trainer:
             "device": self.world.device.type,
             "precision": self.precision,
             "threads": self.threads,
+            "compile": self.config.train.compile,
             "micro_batch_size": self.config.train.micro_batch_size,
             "k2train": k2train.__version__,
             "torch": torch.__version__,

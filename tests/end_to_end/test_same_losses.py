@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import pytest
+
 # QK-Clip and gradient clipping both act with these, and the learning rate is high: what differs would show.
 LIVELY = (
     "optim.lr=0.01",
@@ -74,3 +76,18 @@ def test_a_run_goes_on_with_another_number_of_processes(runner):
     assert second.returncode == 0, second.stderr
     found = runner.losses("elastic")
     assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-5
+
+
+@pytest.mark.full
+def test_compiled_steps_give_the_losses_of_eager_ones(runner):
+    """Within rounding, which would in time send a token to another expert: hence every token goes to all of them."""
+    settings = (*LIVELY, "model.num_experts_per_tok=8", "checkpoint.every=0")
+    runs = {"eager": ("false", "none"), "compiled": ("true", "none"), "compiled-full": ("true", "full")}
+    for name, (compiled, mode) in runs.items():
+        chosen = (f"train.compile={compiled}", f"train.activation_checkpointing={mode}")
+        run = runner.run(name, *settings, *chosen)
+        assert run.returncode == 0, run.stderr
+    expected, found = runner.losses("eager"), runner.losses("compiled")
+    assert found.keys() == expected.keys()
+    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-5
+    assert runner.losses("compiled-full") == found  # to the last bit
