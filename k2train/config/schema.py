@@ -181,6 +181,8 @@ class OptimConfig:
     nesterov: bool = rule()
     newton_schulz_coefficients: str = rule(one_of=("quintic", "polar_express"))  # five steps each
     newton_schulz_dtype: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
+    exchange_dtype: str = rule(one_of=("fp32", "bf16"))  # in which matrices that straddle ranks travel to be whole
+    exchange_buffer_bytes: int = rule(at_least=1)  # that a role's exchange may hold on a rank at a time
     betas: tuple[float, float] = rule(at_least=0, below=1)
     eps: float = rule(above=0)
     tau: float | None = rule(above=0)  # QK-Clip's threshold on the max attention logit; required by muonclip

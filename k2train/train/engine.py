@@ -67,6 +67,8 @@ def build_optimizer(
         nesterov=config.nesterov,
         newton_schulz_coefficients=COEFFICIENTS[config.newton_schulz_coefficients],
         newton_schulz_dtype=torch.bfloat16 if bf16 else torch.float32,
+        exchange_dtype=PRECISIONS[config.exchange_dtype],
+        exchange_buffer_bytes=config.exchange_buffer_bytes,
         betas=config.betas,
         eps=config.eps,
         qk_clip=clip,

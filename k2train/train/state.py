@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from muonclip.sharded import Piece
+from muonclip.plan import Piece
 
 from k2train.checkpoint import Checkpoint, CheckpointError, Interval
 from k2train.model import Transformer

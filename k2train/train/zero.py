@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from muonclip.sharded import FlatLayout, Piece
+from muonclip.plan import Piece
+from muonclip.sharded import FlatLayout
 
 
 @dataclass(frozen=True)

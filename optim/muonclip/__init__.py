@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from muonclip.groups import split_parameters
     from muonclip.optimizer import MuonClip
     from muonclip.orthogonalize import POLAR_EXPRESS, QUINTIC, newton_schulz
+    from muonclip.plan import Piece
     from muonclip.qk_clip import ClippableAttention, QKClip
-    from muonclip.sharded import FlatLayout, Piece
+    from muonclip.sharded import FlatLayout
 
 __all__ = [
     "POLAR_EXPRESS",
@@ -32,7 +33,7 @@ _HOMES = {
     "ClippableAttention": "qk_clip",
     "FlatLayout": "sharded",
     "MuonClip": "optimizer",
-    "Piece": "sharded",
+    "Piece": "plan",
     "QKClip": "qk_clip",
     "newton_schulz": "orthogonalize",
     "split_parameters": "groups",

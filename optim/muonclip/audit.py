@@ -21,8 +21,9 @@ from torch import Tensor
 
 from muonclip.optimizer import MuonClip
 from muonclip.orthogonalize import Coefficients
+from muonclip.plan import Piece
 from muonclip.qk_clip import scale_rows_
-from muonclip.sharded import Exchange, Piece
+from muonclip.sharded import Exchange
 
 UPDATE_RMS = 0.2  # Moonlight (arXiv 2502.16982), section 2.2: what the scale makes of an orthogonal matrix
 # Of a singular value of the orthogonalised matrix, in float32. In bfloat16 rounding turns zeros into singular values
@@ -65,7 +66,7 @@ class MatrixUpdate:
     noise: float  # what rounding of the weights may add to it
     rms: float  # of the update, before the learning rate
     expected_rms: float
-    exact: bool  # Newton-Schulz in float32 or better
+    exact: bool  # momentum, exchange and Newton-Schulz in float32 or better
 
     def fault(self) -> str | None:
         """What is wrong, if anything."""
@@ -174,9 +175,11 @@ class StepAudit:
     def _measure_matrices(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
         update, momentum = self._update(tensor, group), self._optimizer.state[tensor]["momentum"].double()
         weight = self._before[tensor].double()
-        exact = torch.bfloat16 not in (group["newton_schulz_dtype"], self._optimizer.state[tensor]["momentum"].dtype)
         rounding = torch.finfo(tensor.dtype).eps / group["lr"]
         exchange = self._optimizer.exchange(tensor, group)
+        sent = [group["exchange_dtype"]] if exchange.plan.rounds else []
+        kept = self._optimizer.state[tensor]["momentum"].dtype
+        exact = torch.bfloat16 not in (group["newton_schulz_dtype"], kept, *sent)
         together = [_brought_together(exchange, values) for values in (update, momentum, weight)]
         for (name, number), found, direction, old in zip(exchange.owned, *together, strict=True):
             scale = UPDATE_RMS * math.sqrt(max(found.shape))
@@ -224,11 +227,13 @@ def _brought_together(exchange: Exchange, values: Tensor) -> list[Tensor]:
     """The whole matrices [m, n] that this rank owns of what is cut as the weights are."""
     found: list[Tensor] = []
 
-    def keep(matrices: list[Tensor]) -> list[Tensor]:
+    def keep(matrices: list[Tensor], _: object) -> list[Tensor]:
         found.extend(matrices)
         return matrices
 
-    exchange.apply(values.flatten(), keep)
+    passage = exchange.begin(values.flatten(), dtype=values.dtype)
+    passage.work(keep)
+    passage.finish()
     return found
 
 

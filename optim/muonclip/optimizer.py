@@ -13,8 +13,9 @@ from torch import Tensor
 
 from muonclip.orthogonalize import QUINTIC, Coefficients, orthogonalize_each
 from muonclip.ownership import newton_schulz_cost
+from muonclip.plan import Piece
 from muonclip.qk_clip import QKClip, scale_rows_
-from muonclip.sharded import Exchange, FlatLayout, Piece
+from muonclip.sharded import Exchange, FlatLayout, Passage, Work, plan_exchanges
 from muonclip.update import adamw_, apply_updates_, momentum_directions, muon_scale
 
 ALGORITHMS = ("muon", "adamw")
@@ -40,6 +41,8 @@ class MuonClip(torch.optim.Optimizer):
         newton_schulz_coefficients: Coefficients = QUINTIC,
         newton_schulz_dtype: torch.dtype = torch.float32,
         newton_schulz_gram: bool = False,
+        exchange_dtype: torch.dtype = torch.float32,
+        exchange_buffer_bytes: int = 2**29,
         split: Mapping[str, Sequence[int]] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -60,6 +63,9 @@ class MuonClip(torch.optim.Optimizer):
             newton_schulz_dtype: in which they are computed.
             newton_schulz_gram: the cheaper form for matrices at least three times as long as wide; see
                 ``newton_schulz``.
+            exchange_dtype: in which matrices that straddle shards travel, and their updates back: float32, so that any
+                layout gives the numbers of one process, or bfloat16 for half the bytes.
+            exchange_buffer_bytes: what a rank may hold for that at a time; a matrix that needs more travels alone.
             split: by name, the rows of the matrices that lie one after the other in a parameter (in each matrix of a
                 stack), such as (n_q, n_k, n_v) of a fused projection or (head_dim,) * heads: each is orthogonalised and
                 scaled on its own.
@@ -88,6 +94,8 @@ class MuonClip(torch.optim.Optimizer):
             "newton_schulz_coefficients": tuple(map(tuple, newton_schulz_coefficients)),
             "newton_schulz_dtype": newton_schulz_dtype,
             "newton_schulz_gram": newton_schulz_gram,
+            "exchange_dtype": exchange_dtype,
+            "exchange_buffer_bytes": exchange_buffer_bytes,
             "betas": tuple(betas),
             "eps": eps,
         }
@@ -145,13 +153,14 @@ class MuonClip(torch.optim.Optimizer):
                 if piece.offset + piece.stop - piece.start > flat.numel():
                     raise ValueError(f"the layout puts {piece} past the end of a shard of {flat.numel()} elements")
             self._layouts[flat] = layout
-            if group["algorithm"] == "muon":
-                self._exchanges[flat] = self.exchange(flat, group)
             self._create_state(flat, group)
         held = {piece.name for x in self._layouts.values() for pieces in x.pieces_by_rank for piece in pieces}
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and parameter.numel() and name not in held:
                 raise ValueError(f"{name} is in no layout: it would never be trained")
+        muon = [(g["params"][0], g) for g in self.param_groups if g["algorithm"] == "muon"]
+        works = [_work(flat, self._layouts[flat], group) for flat, group in muon]
+        self._exchanges = dict(zip((flat for flat, _ in muon), plan_exchanges(works, self._split), strict=True))
 
     def layout_of(self, tensor: Tensor) -> FlatLayout:
         """Which parameters, or parts of them, a tensor of ``param_groups`` holds."""
@@ -162,10 +171,9 @@ class MuonClip(torch.optim.Optimizer):
 
     def exchange(self, tensor: Tensor, group: Mapping[str, Any]) -> Exchange:
         """What brings together the matrices of a tensor of ``param_groups``, which belongs to ``group``."""
-        cost = partial(
-            newton_schulz_cost, steps=len(group["newton_schulz_coefficients"]), gram=group["newton_schulz_gram"]
-        )
-        return Exchange(self.layout_of(tensor), cost=cost, split=self._split)
+        if tensor in self._exchanges:
+            return self._exchanges[tensor]
+        return plan_exchanges([_work(tensor, self.layout_of(tensor), group)], self._split)[0]
 
     def matrix_shapes(self, name: str) -> list[tuple[int, int]]:
         """Rows and columns of the matrices that a parameter consists of: experts of a stack, blocks of a split."""
@@ -196,11 +204,10 @@ class MuonClip(torch.optim.Optimizer):
             clip.gather()
         if clip is not None:
             clip.apply()
-        for group in self.param_groups:
-            if self._layouts:
-                for flat in group["params"]:
-                    self._step_shard(flat, group)
-            else:
+        if self._layouts:
+            self._step_shards([(flat, group) for group in self.param_groups for flat in group["params"]])
+        else:
+            for group in self.param_groups:
                 self._step_whole(group)
         if clip is not None and gather_here:
             clip.reset()
@@ -235,7 +242,7 @@ class MuonClip(torch.optim.Optimizer):
             splits = [self._split.get(self._names[id(p)]) for p in params]
             apply_updates_(
                 _matrices(params, splits),
-                self._muon_updates(_matrices(directions, splits), self._matrices_of(params), group),
+                self._muon_updates(_matrices(directions, splits), self._matrices_of(params), group=group),
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
             )
@@ -245,26 +252,32 @@ class MuonClip(torch.optim.Optimizer):
             if (scales := self._scales_of(parameter)) is not None:
                 parameter.mul_(scales.view(-1, *[1] * (parameter.ndim - 1)))
 
-    def _step_shard(self, flat: Tensor, group: dict[str, Any]) -> None:
-        state = self._state_of(flat)
-        layout, grad = self._layouts[flat], flat.grad
-        assert grad is not None, "a shard always has a gradient: all ranks must take part in the exchange"
-        if group["algorithm"] == "muon":
-            (direction,) = momentum_directions(
-                [grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
-            )
-            exchange = self._exchanges[flat]
-            update = exchange.apply(direction, lambda matrices: self._muon_updates(matrices, exchange.owned, group))
-            apply_updates_([flat], [update], lr=group["lr"], weight_decay=group["weight_decay"])
-        else:
-            _adamw([flat], [grad], [state], group)
-        for piece in layout.pieces_by_rank[layout.rank]:
-            if (scales := self._scales_of(self._parameters[piece.name])) is not None:
-                interval = flat[piece.offset : piece.offset + piece.stop - piece.start]
-                scale_rows_(interval, scales, start=piece.start, columns=math.prod(piece.shape[1:]))
+    def _step_shards(self, shards: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+        """All at once, so that a rank waits for the results of others only when it has done its own part of all."""
+        passages: list[tuple[Tensor, dict[str, Any], Passage]] = []
+        for flat, group in shards:
+            state, grad = self._state_of(flat), flat.grad
+            assert grad is not None, "a shard always has a gradient: all ranks must take part in the exchange"
+            if group["algorithm"] == "muon":
+                (direction,) = momentum_directions(
+                    [grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
+                )
+                passages.append((flat, group, self._exchanges[flat].begin(direction)))
+            else:
+                _adamw([flat], [grad], [state], group)
+        for _, group, passage in passages:
+            passage.work(partial(self._muon_updates, group=group))
+        for flat, group, passage in passages:
+            apply_updates_([flat], [passage.finish()], lr=group["lr"], weight_decay=group["weight_decay"])
+        for flat, _ in shards:
+            layout = self._layouts[flat]
+            for piece in layout.pieces_by_rank[layout.rank]:
+                if (scales := self._scales_of(self._parameters[piece.name])) is not None:
+                    interval = flat[piece.offset : piece.offset + piece.stop - piece.start]
+                    scale_rows_(interval, scales, start=piece.start, columns=math.prod(piece.shape[1:]))
 
     def _muon_updates(
-        self, directions: Sequence[Tensor], matrices: Sequence[tuple[str, int]], group: Mapping[str, Any]
+        self, directions: Sequence[Tensor], matrices: Sequence[tuple[str, int]], *, group: Mapping[str, Any]
     ) -> list[Tensor]:
         updates = muon_updates(directions, group)
         if self.orthogonalized is not None:
@@ -314,6 +327,13 @@ def muon_updates(directions: Sequence[Tensor], group: Mapping[str, Any]) -> list
         gram=group["newton_schulz_gram"],
     )
     return [o.to(d.dtype).mul_(muon_scale(d.shape[0], d.shape[1])) for o, d in zip(orthogonal, directions, strict=True)]
+
+
+def _work(tensor: Tensor, layout: FlatLayout, group: Mapping[str, Any]) -> Work:
+    steps, gram, dtype = len(group["newton_schulz_coefficients"]), group["newton_schulz_gram"], group["exchange_dtype"]
+    if dtype == torch.float32:
+        dtype = torch.promote_types(dtype, tensor.dtype)  # float64 stays what it is
+    return Work(layout, partial(newton_schulz_cost, steps=steps, gram=gram), dtype, group["exchange_buffer_bytes"])
 
 
 def _matrices(tensors: Sequence[Tensor], splits: Sequence[Sequence[int] | None]) -> list[Tensor]:
@@ -379,6 +399,12 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"newton_schulz_dtype={group['newton_schulz_dtype']} {where} must be torch.float32, torch.bfloat16 or "
             "torch.float64"
+        )
+    if group["exchange_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"exchange_dtype={group['exchange_dtype']} {where} must be torch.float32 or torch.bfloat16")
+    if group["exchange_buffer_bytes"] < 1:
+        raise ValueError(
+            f"exchange_buffer_bytes={group['exchange_buffer_bytes']} {where} must be positive, such as 2**29"
         )
 
 

@@ -94,7 +94,8 @@ def orthogonalize_each(
     """``newton_schulz`` of many matrices, in batches of equal shapes.
 
     Small matrices gain most: alone, each of their products is too short to pay for its call, let alone to be shared out
-    over threads. A matrix that fills a batch goes alone. On its batch a matrix's result depends by rounding only.
+    over threads. A matrix that fills a batch goes alone, as a batch of one, so that its result does not depend on its
+    batch where that of a batched product does not (on a CPU; on a GPU it may, by rounding).
 
     Args:
         matrices: [m, n] each, of any shapes.
@@ -114,9 +115,9 @@ def orthogonalize_each(
         elements = BATCH_ELEMENTS_OF_A_THREAD * torch.get_num_threads() if on_cpu else BATCH_ELEMENTS
         size = max(1, elements // shape.numel())
         for batch in (numbers[i : i + size] for i in range(0, len(numbers), size)):
-            together = matrices[batch[0]] if len(batch) == 1 else torch.stack([matrices[n] for n in batch])
+            together = matrices[batch[0]][None] if len(batch) == 1 else torch.stack([matrices[n] for n in batch])
             orthogonal = newton_schulz(together, coefficients=coefficients, dtype=dtype, gram=gram)
-            for number, result in zip(batch, [orthogonal] if len(batch) == 1 else orthogonal, strict=True):
+            for number, result in zip(batch, orthogonal, strict=True):
                 results[number] = result
     return results
 

@@ -1,32 +1,24 @@
-"""Matrices cut over ranks: which rank holds which interval, and the exchange that brings each one together once.
+"""The exchange that brings the matrices of flat shards together once, in rounds, while others are worked on.
 
-A flat tensor is cut into one shard a rank (as ZeRO does), without regard to where a parameter ends. Elementwise work
-happens on the shards; Newton-Schulz needs whole matrices. A matrix that lies on one rank is worked on there. One that
-straddles ranks is sent to one of its holders, which hands the pieces of the result back: two all-to-alls a step, and
-every matrix is orthogonalised once in all. One process is the trivial layout.
+Elementwise work happens on the shards; Newton-Schulz needs whole matrices. A matrix that lies at its owner is worked on
+there. For the others the parts go to the owner and those of the result come back: two all-to-alls a round. While a
+round is worked on, the next one's parts and the last one's results are under way. See ``muonclip.plan`` for what is
+decided beforehand. One process is the trivial layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.ownership import assign_owners
+from muonclip.plan import Matrix, Part, Piece, Plan, travelling_parts
 
-
-@dataclass(frozen=True)
-class Piece:
-    """An interval of a parameter in a rank's flat shard."""
-
-    name: str
-    shape: tuple[int, ...]  # of the whole parameter, as the members of the layout's group see it
-    start: int  # first element of the interval in the flattened parameter
-    stop: int
-    offset: int  # of ``start`` in the shard
+# From whole matrices [m, n], and which they are (parameter, number in it), to as many of the same shapes.
+Function = Callable[[list[Tensor], list[tuple[str, int]]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -35,171 +27,200 @@ class FlatLayout:
 
     pieces_by_rank: tuple[tuple[Piece, ...], ...]
     rank: int  # of this process in the group
-    group: dist.ProcessGroup | None  # None: one process
+    group: dist.ProcessGroup | None  # None: all processes
 
 
 @dataclass(frozen=True)
-class _Part:
-    rank: int
-    start: int  # in the flattened matrix
-    stop: int
-    offset: int  # in that rank's shard
+class Work:
+    """What the matrices of a layout cost, and how they travel."""
+
+    layout: FlatLayout
+    cost: Callable[[int, int], float]  # of a matrix, from its rows and columns
+    dtype: torch.dtype  # of what is sent
+    buffer_bytes: int  # that may be held for it
 
 
-@dataclass
-class _Matrix:
-    name: str  # of the parameter
-    number: int  # in it: a stack or a split parameter has several
-    rows: int
-    columns: int
-    parts: list[_Part] = field(default_factory=list)
-    owner: int = -1
+def plan_exchanges(works: Sequence[Work], split: Mapping[str, Sequence[int]]) -> list[Exchange]:
+    """The exchanges of all layouts of this process, with loads that are even in sum; called by all ranks together.
+
+    Larger groups are planned first. They take care that the smaller ones, whose ranks share out matrices among
+    themselves alone, can even out the rest.
+
+    Raises:
+        ValueError: see ``Plan``.
+    """
+    members = [_global_ranks(work.layout) for work in works]
+    order = sorted(range(len(works)), key=lambda n: -len(members[n]))
+    smallest = members[order[-1]] if works else [0]
+    load: dict[int, float] = {}
+    exchanges: dict[int, Exchange] = {}
+    for number in order:
+        work, ranks = works[number], members[number]
+        relief = None
+        if len(smallest) < len(ranks):
+            everywhere: list[int] = [0] * len(ranks)
+            dist.all_gather_object(everywhere, smallest[0], group=work.layout.group)
+            relief = everywhere
+        plan = Plan(
+            work.layout.pieces_by_rank,
+            cost=work.cost,
+            split=split,
+            buffer_elements=work.buffer_bytes // work.dtype.itemsize,
+            load=[load.get(rank, 0.0) for rank in ranks],
+            relief=relief,
+        )
+        load |= dict(zip(ranks, plan.load, strict=True))
+        exchanges[number] = Exchange(work.layout, plan, dtype=work.dtype)
+    return [exchanges[number] for number in range(len(works))]
+
+
+def _global_ranks(layout: FlatLayout) -> list[int]:
+    return [0] if len(layout.pieces_by_rank) == 1 else dist.get_process_group_ranks(layout.group)
 
 
 class Exchange:
-    """The plan of a layout: which matrices this rank owns, and what goes from whom to whom."""
+    """Carries out a plan for this rank."""
 
-    def __init__(
-        self, layout: FlatLayout, *, cost: Callable[[int, int], float], split: Mapping[str, Sequence[int]]
-    ) -> None:
-        """Computes the plan; every rank comes to the same one.
+    def __init__(self, layout: FlatLayout, plan: Plan, *, dtype: torch.dtype) -> None:
+        """Looks up what this rank has to do.
 
         Args:
-            layout: who holds what.
-            cost: of the work on a matrix, from its rows and columns.
-            split: by name of a parameter, the rows of the matrices that lie one after the other in it.
-
-        Raises:
-            ValueError: a parameter is no matrix and no stack of matrices, or the ranks do not hold all of one.
+            layout: of the shards.
+            plan: of that layout.
+            dtype: of what is sent by ``begin``.
         """
-        self._layout = layout
-        self._matrices = _matrices(layout, split)
-        owners = assign_owners(
-            [cost(m.rows, m.columns) for m in self._matrices],
-            [sorted({part.rank for part in m.parts}) for m in self._matrices],
-            ranks=len(layout.pieces_by_rank),
-        )
-        for matrix, owner in zip(self._matrices, owners, strict=True):
-            matrix.owner = owner
-        # Every rank enters the collective, even with nothing to send, if any matrix of the group moves.
-        self._moves = any(len({part.rank for part in m.parts}) > 1 for m in self._matrices)
+        self.plan = plan
+        self._rank, self._group, self._dtype = layout.rank, layout.group, dtype
+        self._local = plan.local(layout.rank)
+        self._rounds = [_Round(matrices, rank=layout.rank, ranks=plan.ranks) for matrices in plan.rounds]
 
     @property
     def owned(self) -> list[tuple[str, int]]:
-        """The matrices that this rank orthogonalises, in the order of ``apply``: parameter, and number in it."""
-        return [(m.name, m.number) for m in self._matrices if m.owner == self._layout.rank]
+        """The matrices that this rank orthogonalises, in order: parameter, and number in it."""
+        rounds = [matrix for round_ in self._rounds for matrix in round_.owned]
+        return [(m.name, m.number) for m in [*self._local, *rounds]]
 
-    def apply(self, values: Tensor, function: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
-        """Applies a function of whole matrices to a shard; called by all ranks of the group together.
+    def begin(self, values: Tensor, *, dtype: torch.dtype | None = None) -> Passage:
+        """Sends the parts of the first round; called by all ranks of the group, as are the methods of the result.
 
         Args:
-            values: this rank's shard, 1-D.
-            function: from the matrices that this rank owns, [m, n] each, to as many of the same shapes.
-
-        Returns:
-            A shard with the results; zeros where no piece lies.
+            values: this rank's shard, 1-D; not to be changed before the end.
+            dtype: of what is sent, if not the plan's.
         """
-        rank = self._layout.rank
-        owned = [m for m in self._matrices if m.owner == rank]
-        received = self._send(values, to_owner=True)
-        inputs = []
-        for matrix in owned:
-            if len(matrix.parts) == 1:
-                part = matrix.parts[0]
-                flat = values[part.offset : part.offset + part.stop - part.start]
-            else:
-                flat = values.new_empty(matrix.rows * matrix.columns)
-                for part in matrix.parts:
-                    length = part.stop - part.start
-                    if part.rank == rank:
-                        flat[part.start : part.stop] = values[part.offset : part.offset + length]
-                    else:
-                        flat[part.start : part.stop] = received[part.rank].take(length)
-            inputs.append(flat.view(matrix.rows, matrix.columns))
-        results = [result.reshape(-1) for result in function(inputs)]
-        out = torch.zeros_like(values)
-        for matrix, result in zip(owned, results, strict=True):
+        dtype = dtype or self._dtype
+        return Passage(values, self._local, self._rounds, rank=self._rank, group=self._group, dtype=dtype)
+
+
+class _Round:
+    """What one rank sends and gets in a round. Results take the same way back."""
+
+    def __init__(self, matrices: Sequence[Matrix], *, rank: int, ranks: int) -> None:
+        parts = travelling_parts(matrices)
+        self.owned = [m for m in matrices if m.owner == rank]
+        # Sorted by the rank at the other end; sorting is stable, so that both ends have one order.
+        self.lent = sorted(((m, p) for m, p in parts if p.rank == rank), key=lambda part: part[0].owner)
+        self.borrowed = sorted(((m, p) for m, p in parts if m.owner == rank), key=lambda part: part[1].rank)
+        self.lent_sizes, self.borrowed_sizes = [0] * ranks, [0] * ranks  # elements by rank
+        for matrix, part in self.lent:
+            self.lent_sizes[matrix.owner] += part.length
+        for _, part in self.borrowed:
+            self.borrowed_sizes[part.rank] += part.length
+
+
+class Passage:
+    """A shard on its way through a function of whole matrices: ``work``, then ``finish``."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        local: Sequence[Matrix],
+        rounds: Sequence[_Round],
+        *,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._values, self._out = values, torch.zeros_like(values)
+        self._local, self._rounds, self._rank, self._group, self._dtype = local, rounds, rank, group, dtype
+        self._returning: tuple[_Round, _Transfer] | None = None
+        self._arriving = self._collect(0)
+
+    def work(self, function: Function) -> None:
+        """Applies a function to the matrices that this rank owns: those that lie here, then round by round."""
+        self._apply(function, self._local, [self._flat(self._values, m.parts[0]) for m in self._local])
+        for number, round_ in enumerate(self._rounds):
+            whole = self._assemble(round_)
+            self._arriving = self._collect(number + 1)
+            results = self._apply(function, round_.owned, whole)
+            self._take_back()
+            found = {id(m): result for m, result in zip(round_.owned, results, strict=True)}
+            parts = [found[id(m)][part.start : part.stop] for m, part in round_.borrowed]
+            self._returning = round_, self._send(parts, round_.borrowed_sizes, round_.lent_sizes)
+
+    def finish(self) -> Tensor:
+        """A shard with the results; zeros where no piece lies."""
+        self._take_back()
+        return self._out
+
+    def _collect(self, number: int) -> _Transfer | None:
+        """Sends the parts of a round to their owners, if there is such a round."""
+        if number == len(self._rounds):
+            return None
+        round_ = self._rounds[number]
+        parts = [self._flat(self._values, part) for _, part in round_.lent]
+        return self._send(parts, round_.lent_sizes, round_.borrowed_sizes)
+
+    def _take_back(self) -> None:
+        """Waits for the results of the last round that were sent."""
+        if self._returning is not None:
+            round_, transfer = self._returning
+            received = torch.split(transfer.wait(), [part.length for _, part in round_.lent])
+            for (_, part), values in zip(round_.lent, received, strict=True):
+                self._flat(self._out, part).copy_(values)
+            self._returning = None
+
+    def _assemble(self, round_: _Round) -> list[Tensor]:
+        assert self._arriving is not None
+        received, self._arriving = self._arriving.wait(), None  # its memory is free before the next parts arrive
+        whole = {id(m): self._values.new_empty(m.rows * m.columns) for m in round_.owned}
+        arrived = torch.split(received, [part.length for _, part in round_.borrowed])
+        for (matrix, part), values in zip(round_.borrowed, arrived, strict=True):
+            whole[id(matrix)][part.start : part.stop] = values
+        for matrix in round_.owned:
             for part in matrix.parts:
-                if part.rank == rank:
-                    out[part.offset : part.offset + part.stop - part.start] = result[part.start : part.stop]
-        self._hand_back(owned, results, out)
-        return out
+                if part.rank == self._rank:
+                    whole[id(matrix)][part.start : part.stop] = self._flat(self._values, part)
+        return list(whole.values())
 
-    def _hand_back(self, owned: Sequence[_Matrix], results: Sequence[Tensor], out: Tensor) -> None:
-        whole = {id(matrix): result for matrix, result in zip(owned, results, strict=True)}
-        received = self._send(out, to_owner=False, whole=whole)
-        for matrix in self._matrices:
+    def _apply(self, function: Function, matrices: Sequence[Matrix], flat: Sequence[Tensor]) -> list[Tensor]:
+        """Results, flat; what of them belongs to this rank is put in its place."""
+        inputs = [values.view(m.rows, m.columns) for m, values in zip(matrices, flat, strict=True)]
+        results = [result.reshape(-1) for result in function(inputs, [(m.name, m.number) for m in matrices])]
+        for matrix, result in zip(matrices, results, strict=True):
             for part in matrix.parts:
-                if part.rank == self._layout.rank != matrix.owner:
-                    length = part.stop - part.start
-                    out[part.offset : part.offset + length] = received[matrix.owner].take(length).to(out.dtype)
+                if part.rank == self._rank:
+                    self._flat(self._out, part).copy_(result[part.start : part.stop])
+        return results
 
-    def _send(self, shard: Tensor, *, to_owner: bool, whole: dict[int, Tensor] | None = None) -> list[_Buffer]:
-        """Sends every part that is not at its owner there, or back. What arrives comes in the order of the plan."""
-        rank, ranks = self._layout.rank, len(self._layout.pieces_by_rank)
-        if not self._moves:
-            return []
-        outgoing: list[list[Tensor]] = [[] for _ in range(ranks)]
-        arriving = [0] * ranks
-        for matrix in self._matrices:
-            for part in matrix.parts:
-                if part.rank == matrix.owner:
-                    continue
-                source, target = (part.rank, matrix.owner) if to_owner else (matrix.owner, part.rank)
-                length = part.stop - part.start
-                if source == rank:
-                    found = (
-                        shard[part.offset : part.offset + length]
-                        if whole is None
-                        else whole[id(matrix)][part.start : part.stop]
-                    )
-                    outgoing[target].append(found.to(shard.dtype))
-                elif target == rank:
-                    arriving[source] += length
-        sizes = [sum(map(len, parts)) for parts in outgoing]
-        flat = [part for parts in outgoing for part in parts]
-        buffer = torch.cat(flat) if flat else shard.new_empty(0)
-        received = shard.new_empty(sum(arriving))
-        dist.all_to_all_single(received, buffer, arriving, sizes, group=self._layout.group)
-        return [_Buffer(part) for part in torch.split(received, arriving)]
+    def _send(self, parts: Sequence[Tensor], sizes: list[int], arriving: list[int]) -> _Transfer:
+        sent = self._values.new_empty(sum(sizes), dtype=self._dtype)
+        for place, part in zip(torch.split(sent, [len(part) for part in parts]), parts, strict=True):
+            place.copy_(part)
+        received = self._values.new_empty(sum(arriving), dtype=self._dtype)
+        # Every rank enters it, even with nothing to send.
+        handle = dist.all_to_all_single(received, sent, arriving, sizes, group=self._group, async_op=True)
+        return _Transfer(handle, sent, received)
+
+    def _flat(self, shard: Tensor, part: Part) -> Tensor:
+        return shard[part.offset : part.offset + part.length]
 
 
-class _Buffer:
-    """What one rank sent, to be taken from the front."""
+@dataclass
+class _Transfer:
+    handle: dist.Work
+    sent: Tensor  # must live as long as it is under way
+    received: Tensor
 
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._position = values, 0
-
-    def take(self, length: int) -> Tensor:
-        self._position += length
-        return self._values[self._position - length : self._position]
-
-
-def _matrices(layout: FlatLayout, split: Mapping[str, Sequence[int]]) -> list[_Matrix]:
-    """All matrices of a layout with their parts, in an order that every rank finds."""
-    found: dict[tuple[str, int], _Matrix] = {}
-    for rank, pieces in enumerate(layout.pieces_by_rank):
-        for piece in pieces:
-            if len(piece.shape) not in (2, 3):
-                raise ValueError(
-                    f"{piece.name} has shape {list(piece.shape)}: Muon takes matrices [m, n] and stacks of them "
-                    "[E, m, n]; give it to a group with algorithm='adamw'"
-                )
-            rows, columns = piece.shape[-2:]
-            size = rows * columns
-            for index in range(piece.start // size, -(-piece.stop // size)):
-                end, blocks = index * size, split.get(piece.name, (rows,))
-                for block, block_rows in enumerate(blocks):
-                    begin, end = end, end + block_rows * columns
-                    start, stop = max(piece.start, begin), min(piece.stop, end)
-                    if start < stop:
-                        part = _Part(rank, start - begin, stop - begin, piece.offset + start - piece.start)
-                        number = index * len(blocks) + block
-                        matrix = _Matrix(piece.name, number, block_rows, columns)
-                        found.setdefault((piece.name, number), matrix).parts.append(part)
-    for (name, number), matrix in found.items():
-        matrix.parts.sort(key=lambda part: part.start)
-        edges = [0, *(part.stop for part in matrix.parts)]
-        if edges[:-1] != [part.start for part in matrix.parts] or edges[-1] != matrix.rows * matrix.columns:
-            raise ValueError(f"the pieces of matrix {number} of {name} do not cover it once: {edges}")
-    return [found[key] for key in sorted(found)]
+    def wait(self) -> Tensor:
+        self.handle.wait()
+        return self.received

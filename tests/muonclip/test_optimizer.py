@@ -305,6 +305,11 @@ def test_a_group_added_later_is_checked_and_trained_as_the_others():
             r"newton_schulz_dtype=torch\.float16",
         ),
         ({"params": [("p", parameter(2, 2))], "momentum_dtype": torch.float16}, r"momentum_dtype=torch\.float16"),
+        ({"params": [("p", parameter(2, 2))], "exchange_dtype": torch.float16}, r"exchange_dtype=torch\.float16"),
+        (
+            {"params": [("p", parameter(2, 2))], "exchange_buffer_bytes": 0},
+            "exchange_buffer_bytes=0 in",
+        ),
     ],
 )
 def test_what_cannot_be_optimised_is_named(group, message):
@@ -382,8 +387,8 @@ def test_the_settings_of_a_group_reach_newton_schulz(monkeypatch):
     give_gradients(0, own, general)
     optimizer.step()
     assert seen == [
-        ((8, 32), {"coefficients": POLAR_EXPRESS, "dtype": BF16, "gram": True}),
-        ((6, 4), {"coefficients": QUINTIC, "dtype": torch.float32, "gram": False}),
+        ((1, 8, 32), {"coefficients": POLAR_EXPRESS, "dtype": BF16, "gram": True}),
+        ((1, 6, 4), {"coefficients": QUINTIC, "dtype": torch.float32, "gram": False}),
     ]
 
 

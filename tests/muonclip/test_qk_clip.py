@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from muonclip import MuonClip, QKClip
+from muonclip.plan import Piece
 from muonclip.qk_clip import clip_factors, scale_rows_
-from muonclip.sharded import FlatLayout, Piece
+from muonclip.sharded import FlatLayout
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -42,7 +42,7 @@ class Attention:
         yield from ((self.weight, rows), (self.bias, rows))
 
 
-def build(nesterov: bool = True) -> tuple[dict[str, torch.nn.Parameter], Attention, MuonClip]:
+def build(nesterov: bool = True, **settings) -> tuple[dict[str, torch.nn.Parameter], Attention, MuonClip]:
     generator = torch.Generator().manual_seed(0)
     params = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in (MATRICES | REST).items()}
     attention = Attention(params["q"], params["q_bias"])
@@ -51,7 +51,7 @@ def build(nesterov: bool = True) -> tuple[dict[str, torch.nn.Parameter], Attenti
         for names, algorithm in ((MATRICES, "muon"), (REST, "adamw"))
     ]
     clip = QKClip([("attention", attention)], tau=1.0)
-    return params, attention, MuonClip(groups, lr=0.02, nesterov=nesterov, qk_clip=clip)
+    return params, attention, MuonClip(groups, lr=0.02, nesterov=nesterov, qk_clip=clip, **settings)
 
 
 def pieces(names: dict[str, tuple[int, ...]], low: int, high: int) -> tuple[Piece, ...]:
@@ -89,9 +89,11 @@ def run_plain(nesterov: bool) -> dict[str, torch.Tensor]:
     return params
 
 
-def run_sharded(cuts, rank: int, group, *, nesterov: bool = True, grouped: bool = True) -> tuple[MuonClip, list]:
+def run_sharded(
+    cuts, rank: int, group, *, nesterov: bool = True, grouped: bool = True, **settings
+) -> tuple[MuonClip, list]:
     """The steps on shards, cut to a group at a time as ZeRO does, or for all at once."""
-    params, attention, optimizer = build(nesterov)
+    params, attention, optimizer = build(nesterov, **settings)
     bounds = [(cuts[key][rank], cuts[key][rank + 1]) for key in ("muon", "adamw")]
     flats = [cut(names, params, *b) for names, b in zip((MATRICES, REST), bounds, strict=True)]
     for param_group, flat in zip(optimizer.param_groups, flats, strict=True):
@@ -149,6 +151,9 @@ def of_three(rank: int, store: str) -> None:
                 total = torch.tensor(sum(calls))
                 dist.all_reduce(total)
                 assert total == COUNT * STEPS
+    for cuts in CUTS.values():
+        check_rounds(cuts, rank)
+        check_bfloat16(cuts, rank)
     # Two ranks of the three, as expert-data groups are: the third takes no part.
     pair = dist.new_group([0, 2])
     if rank != 1:
@@ -163,6 +168,62 @@ def of_three(rank: int, store: str) -> None:
     assert optimizer.qk_clip.max_logits.tolist() == [[math.inf, 6.0]]
     torch.testing.assert_close(optimizer.qk_clip.gamma, torch.tensor([[1.0, 1 / 6]]))
     dist.destroy_process_group()
+
+
+def check_rounds(cuts, rank: int) -> None:
+    """Rounds of one matrix give the bits of one round for all, and hold no more than they may."""
+    everything, at_once = run_sharded(cuts, rank, None)
+    with pytest.MonkeyPatch.context() as patch:
+        most = watch_buffers(patch)
+        optimizer, by_rounds = run_sharded(cuts, rank, None, exchange_buffer_bytes=1)
+    for (flat, _), (other, _) in zip(by_rounds, at_once, strict=True):
+        assert torch.equal(flat, other)
+    one, many = (next(iter(x._exchanges.values())).plan for x in (everything, optimizer))
+    assert len(one.rounds) == any(m.travels for m in one.matrices)
+    assert [(m.name, m.number, m.owner) for m in one.matrices] == [(m.name, m.number, m.owner) for m in many.matrices]
+    assert all(len({m.owner for m in matrices}) == len(matrices) for matrices in many.rounds)
+    assert most[0] <= many.traffic()[rank].buffers * 4
+    assert most[1] == STEPS * (many.traffic()[rank].sent + many.traffic()[rank].received) * 4
+
+
+class Watched:
+    """A transfer that counts as under way until it is waited for."""
+
+    def __init__(self, handle, nbytes: int, under_way: list[int]) -> None:
+        self.handle, self.nbytes, self.under_way = handle, nbytes, under_way
+
+    def wait(self) -> None:
+        self.handle.wait()
+        self.under_way.remove(self.nbytes)
+
+
+def watch_buffers(patch) -> list[int]:
+    """The most bytes that were under way at a time on this rank, and all bytes that were sent and received."""
+    real, under_way, seen = dist.all_to_all_single, [], [0, 0]
+
+    def watching(received, sent, *args, **settings):
+        under_way.append(sent.nbytes + received.nbytes)
+        seen[0] = max(seen[0], sum(under_way))
+        seen[1] += under_way[-1]
+        return Watched(real(received, sent, *args, **settings), under_way[-1], under_way)
+
+    patch.setattr(dist, "all_to_all_single", watching)
+    return seen
+
+
+def check_bfloat16(cuts, rank: int) -> None:
+    """Half the bytes, for weights that differ, where a matrix travels, by no more than a twentieth of the updates."""
+    _, exact = run_sharded(cuts, rank, None)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watch_buffers(patch)
+        optimizer, rounded = run_sharded(cuts, rank, None, exchange_dtype=torch.bfloat16)
+    plan = next(iter(optimizer._exchanges.values())).plan
+    assert seen[1] == STEPS * (plan.traffic()[rank].sent + plan.traffic()[rank].received) * 2
+    travelling = [part for matrices in plan.rounds for m in matrices for part in m.parts]
+    differs = (exact[0][0] - rounded[0][0]).abs()
+    assert (differs <= STEPS * 0.02 * 0.05).all()
+    assert bool(differs.any()) == any(part.rank == rank for part in travelling)
+    assert torch.equal(exact[1][0], rounded[1][0])
 
 
 def only_muon(**settings) -> tuple[dict[str, torch.nn.Parameter], MuonClip]:
