@@ -17,8 +17,11 @@ from k2train.cli.train import prepare_data
 from k2train.config import ConfigError, RunConfig
 from k2train.paths import RunPaths
 from k2train.train.quiet import Quiet, quiet, report_failure, without_shm_comm
+from k2train.units import memory
 
 if TYPE_CHECKING:
+    from muonclip.audit import Exchanged
+
     from k2train.train.audit import Range, Row
     from k2train.train.trainer import Trainer
 
@@ -49,6 +52,8 @@ def run(config: RunConfig) -> int:
 
 
 def _audit(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -> int:
+    from muonclip.audit import exchanges
+
     from k2train.comm import close_world, open_world
 
     manifest = prepare_data(config, streams) if first else None
@@ -68,6 +73,8 @@ def _audit(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
         console = Console(file=streams.out, highlight=False)
         if not console.is_terminal:
             console = Console(file=streams.out, highlight=False, width=PIPED_WIDTH)
+        if world.size > 1:
+            console.print(exchange_table(exchanges(trainer.optimizer)))
         show(trainer, rows, console)
     close_world()
     return 1 if any(row.fault for row in rows) else 0
@@ -101,6 +108,28 @@ def show(trainer: Trainer, rows: list[Row], console: Console) -> None:
         console.print(
             f"{len(rows)} parameters and {matrices} orthogonalised matrices: each updated as it should be, once"
         )
+
+
+def exchange_table(found: Iterable[Exchanged]) -> Table:
+    """How matrices that are cut over ranks come together; of experts, those of the first rank's group."""
+    table = _table("role", "matrices", "on one rank", "travel", "rounds", title="Who orthogonalises what")
+    for column in ("work, max / mean", "sent a rank, mean", "max", "held, max"):
+        table.add_column(column, overflow="fold")
+    for one in found:
+        travel = sum(matrix.travels for matrix in one.matrices)
+        sent = [traffic.sent for traffic in one.traffic]
+        table.add_row(
+            one.role,
+            str(len(one.matrices)),
+            str(len(one.matrices) - travel),
+            str(travel),
+            str(one.rounds),
+            f"{max(one.costs) * len(one.costs) / sum(one.costs):.3f}",
+            memory(sum(sent) // len(sent)),
+            memory(max(sent)),
+            memory(max(traffic.buffers for traffic in one.traffic)),
+        )
+    return table
 
 
 def _rule_table(rows: Iterable[Row]) -> Table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from muonclip.optimizer import MuonClip
 from muonclip.orthogonalize import Coefficients
-from muonclip.plan import Piece
+from muonclip.plan import Matrix, Piece, Traffic
 from muonclip.qk_clip import scale_rows_
 from muonclip.sharded import Exchange
 
@@ -110,6 +110,30 @@ def rules(optimizer: MuonClip) -> list[Rule]:
         for group in optimizer.param_groups
         for name, shape in _shapes(optimizer, group).items()
     ]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """How the matrices of a flat tensor are shared out and come together in a step."""
+
+    role: str  # of its group, if the caller gave one
+    matrices: tuple[Matrix, ...]  # with owners, and the interval that each rank of the group holds
+    rounds: int
+    costs: tuple[float, ...]  # of Newton-Schulz by rank, in multiply-adds
+    traffic: tuple[Traffic, ...]  # by rank, in bytes
+
+
+def exchanges(optimizer: MuonClip) -> list[Exchanged]:
+    """Of each tensor whose matrices are orthogonalised, as this rank sees it; experts of other ranks are in none."""
+    found = []
+    for group in optimizer.param_groups:
+        for tensor in group["params"] if group["algorithm"] == "muon" else ():
+            exchange = optimizer.exchange(tensor, group)
+            plan, size = exchange.plan, exchange.dtype.itemsize
+            traffic = tuple(Traffic(*(size * n for n in astuple(rank))) for rank in plan.traffic())
+            role = str(group.get("role", group["algorithm"]))
+            found.append(Exchanged(role, tuple(plan.matrices), len(plan.rounds), tuple(plan.costs), traffic))
+    return found
 
 
 class StepAudit:

@@ -115,10 +115,10 @@ class Plan:
         self.matrices = _matrices(pieces_by_rank, split)
         costs = [cost(m.rows, m.columns) for m in self.matrices]
         owners = assign_owners(costs, [_held(m) for m in self.matrices], ranks=self.ranks, load=load, relief=relief)
-        self.load = list(load or [0.0] * self.ranks)  # of each rank, with this plan's
+        self.costs = [0.0] * self.ranks  # of the work of each rank
         for matrix, its_cost, owner in zip(self.matrices, costs, owners, strict=True):
             matrix.owner = owner
-            self.load[owner] += its_cost
+            self.costs[owner] += its_cost
         travelling = sorted(
             (number for number, m in enumerate(self.matrices) if m.travels), key=lambda n: (-costs[n], n)
         )

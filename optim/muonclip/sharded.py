@@ -69,7 +69,8 @@ def plan_exchanges(works: Sequence[Work], split: Mapping[str, Sequence[int]]) ->
             load=[load.get(rank, 0.0) for rank in ranks],
             relief=relief,
         )
-        load |= dict(zip(ranks, plan.load, strict=True))
+        for rank, cost in zip(ranks, plan.costs, strict=True):
+            load[rank] = load.get(rank, 0.0) + cost
         exchanges[number] = Exchange(work.layout, plan, dtype=work.dtype)
     return [exchanges[number] for number in range(len(works))]
 
@@ -89,8 +90,8 @@ class Exchange:
             plan: of that layout.
             dtype: of what is sent by ``begin``.
         """
-        self.plan = plan
-        self._rank, self._group, self._dtype = layout.rank, layout.group, dtype
+        self.plan, self.dtype = plan, dtype
+        self._rank, self._group = layout.rank, layout.group
         self._local = plan.local(layout.rank)
         self._rounds = [_Round(matrices, rank=layout.rank, ranks=plan.ranks) for matrices in plan.rounds]
 
@@ -107,7 +108,7 @@ class Exchange:
             values: this rank's shard, 1-D; not to be changed before the end.
             dtype: of what is sent, if not the plan's.
         """
-        dtype = dtype or self._dtype
+        dtype = dtype or self.dtype
         return Passage(values, self._local, self._rounds, rank=self._rank, group=self._group, dtype=dtype)
 
 

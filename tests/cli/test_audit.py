@@ -39,6 +39,11 @@ def test_two_processes_with_experts_shared_out_and_every_head_clipped(tmp_path):
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     tables = lines[lines.index("How each parameter is updated") :]
     assert max(map(len, tables)) <= 120
+    exchange = result.stdout.split("Who orthogonalises what")[1].splitlines()
+    shared = {role: line.split() for line in exchange[2:6] for role in [line.split()[0]]}
+    assert set(shared) == {"attention", "mlp", "expert", "router"}
+    assert shared["expert"][1:5] == ["24", "24", "0", "0"]  # each rank has its own 8 experts of three matrices
+    assert all(int(row[2]) + int(row[3]) == int(row[1]) for row in shared.values())
     first, second = (result.stdout.split(title)[1] for title in ("How each parameter is updated", "What one step did"))
     assert "expert     8 x [64, 96]  Muon, scale 1.96  0.01  0.1" in first
     assert "norm       [96]          AdamW             0.01  0" in first
