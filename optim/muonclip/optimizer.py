@@ -312,7 +312,7 @@ class MuonClip(torch.optim.Optimizer):
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         if group["algorithm"] == "muon" and group["momentum_dtype"] == torch.bfloat16:
             dtype = torch.bfloat16
-        state = {n: torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for n in names}
+        state = {n: torch.zeros_like(tensor, dtype=dtype, requires_grad=False) for n in names}
         if group["algorithm"] == "adamw":
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         self.state[tensor] = state
