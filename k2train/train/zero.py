@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from muonclip.plan import Piece
+from muonclip.plan import Piece, cut
 from muonclip.sharded import FlatLayout
 
 
@@ -44,10 +44,8 @@ def shards(zero_optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> list
     found = []
     for number, (flat, parameters, offsets) in enumerate(_groups(zero_optimizer)):
         group, size = zero_optimizer.real_dp_process_group[number], len(flat)
-        pieces_by_rank = tuple(
-            tuple(_pieces(parameters, offsets, names, low=rank * size, high=(rank + 1) * size))
-            for rank in range(dist.get_world_size(group))
-        )
+        laid_out = [(names[p], tuple(p.shape), offset) for p, offset in zip(parameters, offsets, strict=True)]
+        pieces_by_rank = cut(laid_out, ranks=dist.get_world_size(group), size=size)
         layout = FlatLayout(pieces_by_rank, dist.get_rank(group), group)
         found.append(Shard(flat, layout, {names[p]: p for p in parameters}))
     return found
@@ -89,21 +87,3 @@ def _groups(zero: Any) -> list[tuple[torch.Tensor, list[torch.nn.Parameter], lis
 
 def _cumulated(parameters: list[torch.nn.Parameter]) -> list[int]:
     return [0, *accumulate(p.numel() for p in parameters)][:-1]
-
-
-def _pieces(
-    parameters: list[torch.nn.Parameter],
-    offsets: list[int],
-    names: Mapping[torch.nn.Parameter, str],
-    *,
-    low: int,
-    high: int,
-) -> list[Piece]:
-    """The parts of the parameters that fall into [low, high) of the flat tensor."""
-    pieces = []
-    for parameter, offset in zip(parameters, offsets, strict=True):
-        start, stop = max(low, offset), min(high, offset + parameter.numel())
-        if start < stop:
-            shape = tuple(parameter.shape)
-            pieces.append(Piece(names[parameter], shape, start - offset, stop - offset, start - low))
-    return pieces

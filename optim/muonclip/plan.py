@@ -145,6 +145,54 @@ class Plan:
         return [Traffic(s, r, in_flight * b) for s, r, b in zip(sent, received, largest, strict=True)]
 
 
+@dataclass(frozen=True)
+class Task:
+    """A layout that is to be planned."""
+
+    pieces_by_rank: Sequence[Sequence[Piece]]
+    members: Sequence[int]  # the number among all ranks of each rank of the layout
+    cost: Callable[[int, int], float]  # of a matrix, from its rows and columns
+    buffer_elements: int
+
+
+def plan_together(
+    tasks: Sequence[Task],
+    *,
+    split: Mapping[str, Sequence[int]],
+    relief: Mapping[int, int],
+    load: dict[int, float],
+) -> list[Plan]:
+    """Plans several layouts so that the work of each rank is even in sum.
+
+    Those of more ranks come first. They take care that the others, whose ranks share out matrices among themselves
+    alone, can even out the rest.
+
+    Args:
+        tasks: the layouts.
+        split: see ``Plan``.
+        relief: of each rank, the number of the smallest set of ranks in which it will share out work.
+        load: of each rank, what it has to do already; what is planned here is added.
+
+    Raises:
+        ValueError: see ``Plan``.
+    """
+    plans: dict[int, Plan] = {}
+    for number in sorted(range(len(tasks)), key=lambda n: -len(tasks[n].members)):
+        task = tasks[number]
+        sets = [relief.get(rank, 0) for rank in task.members]
+        plan = plans[number] = Plan(
+            task.pieces_by_rank,
+            cost=task.cost,
+            split=split,
+            buffer_elements=task.buffer_elements,
+            load=[load.get(rank, 0.0) for rank in task.members],
+            relief=sets if len(set(sets)) > 1 else None,
+        )
+        for rank, cost in zip(task.members, plan.costs, strict=True):
+            load[rank] = load.get(rank, 0.0) + cost
+    return [plans[number] for number in range(len(tasks))]
+
+
 def travelling_parts(matrices: Iterable[Matrix]) -> list[tuple[Matrix, Part]]:
     """What owners lack of their matrices, in an order that sender and receiver share."""
     return [(m, part) for m in matrices for part in m.parts if part.rank != m.owner]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.plan import Matrix, Part, Piece, Plan, travelling_parts
+from muonclip.plan import Matrix, Part, Piece, Plan, Task, plan_together, travelling_parts
 
 # From whole matrices [m, n], and which they are (parameter, number in it), to as many of the same shapes.
 Function = Callable[[list[Tensor], list[tuple[str, int]]], list[Tensor]]
@@ -41,38 +41,24 @@ class Work:
 
 
 def plan_exchanges(works: Sequence[Work], split: Mapping[str, Sequence[int]]) -> list[Exchange]:
-    """The exchanges of all layouts of this process, with loads that are even in sum; called by all ranks together.
-
-    Larger groups are planned first. They take care that the smaller ones, whose ranks share out matrices among
-    themselves alone, can even out the rest.
+    """The exchanges of all layouts of this process, with work that is even in sum; called by all ranks together.
 
     Raises:
         ValueError: see ``Plan``.
     """
     members = [_global_ranks(work.layout) for work in works]
-    order = sorted(range(len(works)), key=lambda n: -len(members[n]))
-    smallest = members[order[-1]] if works else [0]
-    load: dict[int, float] = {}
-    exchanges: dict[int, Exchange] = {}
-    for number in order:
-        work, ranks = works[number], members[number]
-        relief = None
-        if len(smallest) < len(ranks):
-            everywhere: list[int] = [0] * len(ranks)
-            dist.all_gather_object(everywhere, smallest[0], group=work.layout.group)
-            relief = everywhere
-        plan = Plan(
-            work.layout.pieces_by_rank,
-            cost=work.cost,
-            split=split,
-            buffer_elements=work.buffer_bytes // work.dtype.itemsize,
-            load=[load.get(rank, 0.0) for rank in ranks],
-            relief=relief,
-        )
-        for rank, cost in zip(ranks, plan.costs, strict=True):
-            load[rank] = load.get(rank, 0.0) + cost
-        exchanges[number] = Exchange(work.layout, plan, dtype=work.dtype)
-    return [exchanges[number] for number in range(len(works))]
+    relief: dict[int, int] = {}
+    if len({len(ranks) for ranks in members}) > 1:
+        largest = max(range(len(works)), key=lambda n: len(members[n]))
+        smallest: list[int] = [0] * len(members[largest])
+        dist.all_gather_object(smallest, min(members, key=len)[0], group=works[largest].layout.group)
+        relief = dict(zip(members[largest], smallest, strict=True))
+    tasks = [
+        Task(work.layout.pieces_by_rank, ranks, work.cost, work.buffer_bytes // work.dtype.itemsize)
+        for work, ranks in zip(works, members, strict=True)
+    ]
+    plans = plan_together(tasks, split=split, relief=relief, load={})
+    return [Exchange(work.layout, plan, dtype=work.dtype) for work, plan in zip(works, plans, strict=True)]
 
 
 def _global_ranks(layout: FlatLayout) -> list[int]:
