@@ -189,9 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(machine("deepspeed"))
-    print(
-        f"\n{arguments.model}, ZeRO {arguments.stage}, {arguments.length} tokens a process; {arguments.rounds} rounds.\n"
-    )
+    print(f"\n{arguments.model}, ZeRO {arguments.stage}, {arguments.length} tokens, {arguments.rounds} rounds.\n")
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (f"{folder}/store", model_config(arguments.model), arguments), nprocs=2)
 

@@ -254,7 +254,7 @@ class MuonClip(torch.optim.Optimizer):
 
     def _step_shards(self, shards: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
         """All at once, so that a rank waits for the results of others only when it has done its own part of all."""
-        passages: list[tuple[Tensor, dict[str, Any], Passage]] = []
+        passages: list[tuple[Tensor, Tensor, dict[str, Any], Passage]] = []
         for flat, group in shards:
             state, grad = self._state_of(flat), flat.grad
             assert grad is not None, "a shard always has a gradient: all ranks must take part in the exchange"
@@ -262,13 +262,15 @@ class MuonClip(torch.optim.Optimizer):
                 (direction,) = momentum_directions(
                     [grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
                 )
-                passages.append((flat, group, self._exchanges[flat].begin(direction)))
+                update = direction.clone() if direction is state["momentum"] else direction
+                passages.append((flat, update, group, self._exchanges[flat].begin(update)))
             else:
                 _adamw([flat], [grad], [state], group)
-        for _, group, passage in passages:
+        for _, _, group, passage in passages:
             passage.work(partial(self._muon_updates, group=group))
-        for flat, group, passage in passages:
-            apply_updates_([flat], [passage.finish()], lr=group["lr"], weight_decay=group["weight_decay"])
+        for flat, update, group, passage in passages:
+            passage.finish()
+            apply_updates_([flat], [update], lr=group["lr"], weight_decay=group["weight_decay"])
         for flat, _ in shards:
             layout = self._layouts[flat]
             for piece in layout.pieces_by_rank[layout.rank]:

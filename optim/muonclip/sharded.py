@@ -91,7 +91,7 @@ class Exchange:
         """Sends the parts of the first round; called by all ranks of the group, as are the methods of the result.
 
         Args:
-            values: this rank's shard, 1-D; not to be changed before the end.
+            values: this rank's shard, 1-D, in which the results will lie. What is in no piece stays as it is.
             dtype: of what is sent, if not the plan's.
         """
         dtype = dtype or self.dtype
@@ -115,7 +115,10 @@ class _Round:
 
 
 class Passage:
-    """A shard on its way through a function of whole matrices: ``work``, then ``finish``."""
+    """A shard on its way through a function of whole matrices, in place: ``work``, then ``finish``.
+
+    A matrix's place is written to when its result is there; its parts were sent before.
+    """
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class Passage:
         group: dist.ProcessGroup | None,
         dtype: torch.dtype,
     ) -> None:
-        self._values, self._out = values, torch.zeros_like(values)
+        self._values = values
         self._local, self._rounds, self._rank, self._group, self._dtype = local, rounds, rank, group, dtype
         self._returning: tuple[_Round, _Transfer] | None = None
         self._arriving = self._collect(0)
@@ -144,10 +147,9 @@ class Passage:
             parts = [found[id(m)][part.start : part.stop] for m, part in round_.borrowed]
             self._returning = round_, self._send(parts, round_.borrowed_sizes, round_.lent_sizes)
 
-    def finish(self) -> Tensor:
-        """A shard with the results; zeros where no piece lies."""
+    def finish(self) -> None:
+        """Waits for the last results: then the shard holds all of them."""
         self._take_back()
-        return self._out
 
     def _collect(self, number: int) -> _Transfer | None:
         """Sends the parts of a round to their owners, if there is such a round."""
@@ -163,7 +165,7 @@ class Passage:
             round_, transfer = self._returning
             received = torch.split(transfer.wait(), [part.length for _, part in round_.lent])
             for (_, part), values in zip(round_.lent, received, strict=True):
-                self._flat(self._out, part).copy_(values)
+                self._flat(self._values, part).copy_(values)
             self._returning = None
 
     def _assemble(self, round_: _Round) -> list[Tensor]:
@@ -186,7 +188,7 @@ class Passage:
         for matrix, result in zip(matrices, results, strict=True):
             for part in matrix.parts:
                 if part.rank == self._rank:
-                    self._flat(self._out, part).copy_(result[part.start : part.stop])
+                    self._flat(self._values, part).copy_(result[part.start : part.stop])
         return results
 
     def _send(self, parts: Sequence[Tensor], sizes: list[int], arriving: list[int]) -> _Transfer:
