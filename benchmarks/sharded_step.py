@@ -7,8 +7,8 @@ one thread each, over gloo. In a round each takes a step on the same new tokens,
 SGD takes in that round is subtracted: the rest is what the optimizer adds, communication for it included (DeepSpeed
 reduces gradients of matrices that straddle ranks in another way for its Muon). Printed is the median over rounds of
 that part over DeepSpeed's, and the order statistics that hold it with 95 % confidence: by the clock on the wall, from
-one barrier to the next, so that waiting counts, and by the time of both processors, which other work on the machine
-disturbs less.
+one barrier to the next, so that waiting counts, and by the processor time of the busier process, which other work on
+the machine disturbs less.
 
 Both make five steps of Newton-Schulz in float32 with the quintic's coefficients; DeepSpeed's would take bfloat16 or
 float16 on a machine that has them. torch.compile is off. MuonClip's step has QK-Clip in it.
@@ -146,13 +146,15 @@ def worker(rank: int, store: str, config: ModelConfig, arguments: argparse.Names
         for name, engine in engines.items()
     }
     processor = interleaved(steps, rounds=arguments.rounds)
-    both, all_matrices = (torch.tensor([values[n] for n in steps]) for values in (processor, matrices))
-    dist.all_reduce(both)
+    busier, all_matrices = (torch.tensor([values[n] for n in steps]) for values in (processor, matrices))
+    dist.all_reduce(busier, op=dist.ReduceOp.MAX)
     dist.all_reduce(all_matrices)
     if rank == 0:
         for name, found in zip(steps, all_matrices.tolist(), strict=True):
             print(f"{name}: {' or '.join(map(str, sorted(set(found))))} matrices orthogonalised in a step, on both.")
-        report({"wall": {n: w[1:] for n, w in wall.items()}, "processor": dict(zip(steps, both.tolist(), strict=True))})
+        report(
+            {"wall": {n: w[1:] for n, w in wall.items()}, "processor": dict(zip(steps, busier.tolist(), strict=True))}
+        )
     dist.destroy_process_group()
 
 
