@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from muonclip import FlatLayout, MuonClip, Piece, QKClip, newton_schulz
 from muonclip.audit import exchanges
+from muonclip.ownership import newton_schulz_cost
 
 # In flat order; the boundaries of CUTS fall into them.
 MATRICES = {"a": (6, 10), "b": (7, 3), "experts": (3, 4, 6), "q": (8, 6)}  # 60, 21, 72 and 48 elements
@@ -152,9 +153,9 @@ def of_three(rank: int, store: str) -> None:
                 total = torch.tensor(sum(calls))
                 dist.all_reduce(total)
                 assert total == COUNT * STEPS
-    for cuts in CUTS.values():
-        check_rounds(cuts, rank)
-        check_bfloat16(cuts, rank)
+    for name in ("even, as ZeRO cuts", "one matrix over all ranks", "a rank that holds nothing"):
+        check_rounds(CUTS[name], rank)
+        check_bfloat16(CUTS[name], rank)
     # Two ranks of the three, as expert-data groups are: the third takes no part.
     pair = dist.new_group([0, 2])
     if rank != 1:
@@ -162,6 +163,7 @@ def of_three(rank: int, store: str) -> None:
         assert dist.get_rank(pair) == clip_alone.rank
         for settings in ({}, {"split": SPLIT, "newton_schulz_gram": True}):
             check_equal(run_plain_on(pair, **settings), run_pair(clip_alone, **settings))
+    check_groups_of_different_ranks(rank, pair)
     # A NaN on one rank is the same news to all.
     _, attention, optimizer = build()
     attention.max_logits = torch.tensor([math.nan if rank == 1 else 0.0, 3.0 * rank])
@@ -230,6 +232,39 @@ def check_bfloat16(cuts, rank: int) -> None:
 def only_muon(**settings) -> tuple[dict[str, torch.nn.Parameter], MuonClip]:
     params, _, _ = build()
     return params, MuonClip([{"params": [(n, params[n]) for n in MATRICES], "algorithm": "muon"}], lr=0.02, **settings)
+
+
+def check_groups_of_different_ranks(rank: int, pair) -> None:
+    """Dense matrices over all ranks, experts over two of them and over the third alone: planned together."""
+    alone = dist.new_group([1])
+    dense, experts = ({n: s for n, s in MATRICES.items() if (n == "experts") == here} for here in (False, True))
+    params, _, _ = build()
+    groups = [{"params": [(n, params[n]) for n in names], "algorithm": "muon"} for names in (experts, dense)]
+    optimizer = MuonClip(groups, lr=0.02)
+    expert_cuts, group = ((0, 72), alone) if rank == 1 else ((0, 20, 72), pair)
+    layouts = (
+        layout(experts, expert_cuts, dist.get_rank(group), group),
+        layout(dense, (0, 43, 86, 129), rank),
+    )
+    flats = []
+    for names, its_layout, cuts, param_group in zip(
+        (experts, dense), layouts, (expert_cuts, (0, 43, 86, 129)), optimizer.param_groups, strict=True
+    ):
+        flat = cut(names, params, *cuts[its_layout.rank : its_layout.rank + 2])
+        flat.grad = cut(names, gradients(0), *cuts[its_layout.rank : its_layout.rank + 2])
+        param_group["params"] = [flat]
+        flats.append(flat)
+    optimizer.shard(dict(zip(flats, layouts, strict=True)))
+    optimizer.step()
+    check_equal(run_plain_on(None), list(zip(flats, layouts, strict=True)))
+    of_experts, of_dense = exchanges(optimizer)
+    plans = [None] * 3
+    dist.all_gather_object(plans, [(m.name, m.owner) for m in of_dense.matrices])
+    assert plans[0] == plans[1] == plans[2]
+    # The pair has the load of the dense matrices in mind when it shares out its three experts.
+    members = [1] if rank == 1 else [0, 2]
+    total = [of_dense.costs[r] + cost for r, cost in zip(members, of_experts.costs, strict=True)]
+    assert max(total) - min(total) <= max(newton_schulz_cost(4, 6), 0.01 * max(total))
 
 
 def run_plain_on(group, **settings) -> dict[str, torch.Tensor]:
