@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from muonclip import FlatLayout, MuonClip, Piece, QKClip, newton_schulz
 from muonclip.audit import exchanges
+from muonclip.optimizer import muon_updates
 from muonclip.ownership import newton_schulz_cost
 
 # In flat order; the boundaries of CUTS fall into them.
@@ -177,15 +178,24 @@ def check_rounds(cuts, rank: int) -> None:
     """Rounds of one matrix give the bits of one round for all, and hold no more than they may."""
     everything, at_once = run_sharded(cuts, rank, None)
     with pytest.MonkeyPatch.context() as patch:
-        most = watch_buffers(patch)
+        seen, under_way = watch_transfers(patch)
+        beside: list[int] = []  # transfers under way at each call of Newton-Schulz
+
+        def watching(directions, group):
+            beside.append(len(under_way))
+            return muon_updates(directions, group)
+
+        patch.setattr("muonclip.optimizer.muon_updates", watching)
         optimizer, by_rounds = run_sharded(cuts, rank, None, exchange_buffer_bytes=1)
     for (flat, _), (other, _) in zip(by_rounds, at_once, strict=True):
         assert torch.equal(flat, other)
     (one,), (many,) = exchanges(everything), exchanges(optimizer)
     assert one.rounds == any(m.travels for m in one.matrices) <= many.rounds
     assert one.matrices == many.matrices
-    assert most[0] <= many.traffic[rank].buffers <= one.traffic[rank].buffers * 2
-    assert most[1] == STEPS * (many.traffic[rank].sent + many.traffic[rank].received)
+    assert seen[0] <= many.traffic[rank].buffers <= one.traffic[rank].buffers * 2
+    assert seen[1] == STEPS * (many.traffic[rank].sent + many.traffic[rank].received)
+    # The first round arrives beside what lies here; then the next one does, and the last one's results leave.
+    assert beside == STEPS * [1, *((k + 1 < many.rounds) + (k > 0) for k in range(many.rounds))]
 
 
 class Watched:
@@ -199,8 +209,8 @@ class Watched:
         self.under_way.remove(self.nbytes)
 
 
-def watch_buffers(patch) -> list[int]:
-    """The most bytes that were under way at a time on this rank, and all bytes that were sent and received."""
+def watch_transfers(patch) -> tuple[list[int], list[int]]:
+    """The most bytes that were under way at a time on this rank and all that it sent and got; and those of each now."""
     real, under_way, seen = dist.all_to_all_single, [], [0, 0]
 
     def watching(received, sent, *args, **settings):
@@ -210,14 +220,14 @@ def watch_buffers(patch) -> list[int]:
         return Watched(real(received, sent, *args, **settings), under_way[-1], under_way)
 
     patch.setattr(dist, "all_to_all_single", watching)
-    return seen
+    return seen, under_way
 
 
 def check_bfloat16(cuts, rank: int) -> None:
     """Half the bytes, for weights that differ, where a matrix travels, by no more than a twentieth of the updates."""
     plain, exact = run_sharded(cuts, rank, None)
     with pytest.MonkeyPatch.context() as patch:
-        seen = watch_buffers(patch)
+        seen, _ = watch_transfers(patch)
         optimizer, rounded = run_sharded(cuts, rank, None, exchange_dtype=torch.bfloat16)
     (found,) = exchanges(optimizer)
     assert seen[1] == STEPS * (found.traffic[rank].sent + found.traffic[rank].received)
