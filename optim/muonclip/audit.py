@@ -149,10 +149,9 @@ class StepAudit:
         Raises:
             ValueError: steps were taken before: only after the first is the momentum the direction of the update.
         """
-        for group in optimizer.param_groups:
-            for tensor in group["params"]:
-                if group["algorithm"] == "muon" and optimizer.state[tensor]["momentum"].any():
-                    raise ValueError("an audit looks at the first step, but there is momentum from earlier ones")
+        for tensor, group in optimizer.tensors():
+            if group["algorithm"] == "muon" and optimizer.state[tensor]["momentum"].any():
+                raise ValueError("an audit looks at the first step, but there is momentum from earlier ones")
         self._optimizer = optimizer
         self.matrices: list[MatrixUpdate] = []  # those that this rank orthogonalised
         self.elements: list[ElementUpdate] = []
@@ -160,9 +159,7 @@ class StepAudit:
         self._counts: Counter[tuple[str, int]] = Counter()
 
     def __enter__(self) -> StepAudit:
-        self._before = {
-            tensor: tensor.detach().clone() for group in self._optimizer.param_groups for tensor in group["params"]
-        }
+        self._before = {tensor: tensor.detach().clone() for tensor, _ in self._optimizer.tensors()}
         self._counts = self._optimizer.orthogonalized = Counter()
         return self
 
@@ -173,12 +170,11 @@ class StepAudit:
         self._optimizer.orthogonalized = None
         if kind is not None:
             return
-        for group in self._optimizer.param_groups:
-            for tensor in group["params"]:
-                if group["algorithm"] == "muon":
-                    self._measure_matrices(tensor, group)
-                else:
-                    self._measure_elements(tensor, group)
+        for tensor, group in self._optimizer.tensors():
+            if group["algorithm"] == "muon":
+                self._measure_matrices(tensor, group)
+            else:
+                self._measure_elements(tensor, group)
         self._before.clear()
 
     def _update(self, tensor: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -243,7 +239,7 @@ class StepAudit:
 
 def _shapes(optimizer: MuonClip, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Of a group's parameters, in the order of their flat tensors."""
-    layouts = [optimizer.layout_of(tensor) for tensor in group["params"]]
+    layouts = [optimizer.layout_of(tensor) for tensor, its_group in optimizer.tensors() if its_group is group]
     return {piece.name: piece.shape for layout in layouts for pieces in layout.pieces_by_rank for piece in pieces}
 
 

@@ -83,6 +83,7 @@ class MuonClip(torch.optim.Optimizer):
         self._split = {name: tuple(rows) for name, rows in (split or {}).items()}
         self._layouts: dict[Tensor, FlatLayout] = {}
         self._exchanges: dict[Tensor, Exchange] = {}
+        self._group_of: dict[Tensor, int] = {}  # of each flat tensor
         # How often each matrix (parameter, number in it) was orthogonalised on this rank, while it is a Counter.
         self.orthogonalized: Counter[tuple[str, int]] | None = None
         defaults = {
@@ -127,23 +128,27 @@ class MuonClip(torch.optim.Optimizer):
             self._create_state(parameter, param_group)
 
     def shard(self, layouts: Mapping[Tensor, FlatLayout]) -> None:
-        """Goes over to flat shards: each group's ``params`` is now one 1-D tensor that holds intervals of parameters.
+        """Goes over to flat shards: each group's ``params`` are now 1-D tensors that hold intervals of parameters.
 
-        State is created anew, on the shards. ``step`` may then be called for all groups or for one at a time (ZeRO
-        calls it with ``param_groups`` cut to one), by all ranks in the same order.
+        State is created anew, on the shards. ``step`` may then be called for all tensors or for some at a time (ZeRO
+        calls it with ``param_groups`` cut to one group, or with all ``params`` but one emptied), by all ranks in the
+        same order.
 
         Args:
-            layouts: of the flat tensor of each group.
+            layouts: of each flat tensor in the groups.
 
         Raises:
-            ValueError: a group has no layout or more than one tensor, or the layouts leave out a trained parameter or
+            ValueError: a group has no tensor or one without a layout, or the layouts leave out a trained parameter or
                 disagree with what the constructor was given.
         """
         self.state.clear()
-        self._layouts, self._exchanges = {}, {}
-        for group in self.param_groups:
-            if len(group["params"]) != 1 or (flat := group["params"][0]) not in layouts:
-                raise ValueError("every group must hold one flat tensor that has a layout")
+        self._layouts, self._exchanges, self._group_of = {}, {}, {}
+        for number, group in enumerate(self.param_groups):
+            if not group["params"] or any(flat not in layouts for flat in group["params"]):
+                raise ValueError("every group must hold flat tensors that have layouts")
+            for flat in group["params"]:
+                self._group_of[flat] = number
+        for flat, group in self.tensors():
             layout = layouts[flat]
             for piece in (piece for pieces in layout.pieces_by_rank for piece in pieces):
                 if self._shapes.get(piece.name) != piece.shape:
@@ -158,19 +163,25 @@ class MuonClip(torch.optim.Optimizer):
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and parameter.numel() and name not in held:
                 raise ValueError(f"{name} is in no layout: it would never be trained")
-        muon = [(g["params"][0], g) for g in self.param_groups if g["algorithm"] == "muon"]
+        muon = [(flat, group) for flat, group in self.tensors() if group["algorithm"] == "muon"]
         works = [_work(flat, self._layouts[flat], group) for flat, group in muon]
         self._exchanges = dict(zip((flat for flat, _ in muon), plan_exchanges(works, self._split), strict=True))
 
+    def tensors(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """All that is updated, each tensor with its group; also shards that ``params`` lacks between steps (ZeRO-3)."""
+        if self._group_of:
+            return [(flat, self.param_groups[number]) for flat, number in self._group_of.items()]
+        return [(tensor, group) for group in self.param_groups for tensor in group["params"]]
+
     def layout_of(self, tensor: Tensor) -> FlatLayout:
-        """Which parameters, or parts of them, a tensor of ``param_groups`` holds."""
+        """Which parameters, or parts of them, one of ``tensors`` holds."""
         if tensor in self._layouts:
             return self._layouts[tensor]
         name = self._names[id(tensor)]
         return FlatLayout(((Piece(name, self._shapes[name], 0, tensor.numel(), 0),),), 0, None)
 
     def exchange(self, tensor: Tensor, group: Mapping[str, Any]) -> Exchange:
-        """What brings together the matrices of a tensor of ``param_groups``, which belongs to ``group``."""
+        """What brings together the matrices of one of ``tensors``, which belongs to ``group``."""
         if tensor in self._exchanges:
             return self._exchanges[tensor]
         return plan_exchanges([_work(tensor, self.layout_of(tensor), group)], self._split)[0]
@@ -262,7 +273,9 @@ class MuonClip(torch.optim.Optimizer):
                 (direction,) = momentum_directions(
                     [grad], [state["momentum"]], momentum=group["momentum"], nesterov=group["nesterov"]
                 )
-                update = direction.clone() if direction is state["momentum"] else direction
+                update = direction.to(self._device_of(flat))  # what it was, where that is the same device
+                if update is state["momentum"]:
+                    update = update.clone()
                 passages.append((flat, update, group, self._exchanges[flat].begin(update)))
             else:
                 _adamw([flat], [grad], [state], group)
@@ -270,13 +283,19 @@ class MuonClip(torch.optim.Optimizer):
             passage.work(partial(self._muon_updates, group=group))
         for flat, update, group, passage in passages:
             passage.finish()
-            apply_updates_([flat], [update], lr=group["lr"], weight_decay=group["weight_decay"])
+            apply_updates_([flat], [update.to(flat.device)], lr=group["lr"], weight_decay=group["weight_decay"])
         for flat, _ in shards:
             layout = self._layouts[flat]
             for piece in layout.pieces_by_rank[layout.rank]:
                 if (scales := self._scales_of(self._parameters[piece.name])) is not None:
                     interval = flat[piece.offset : piece.offset + piece.stop - piece.start]
-                    scale_rows_(interval, scales, start=piece.start, columns=math.prod(piece.shape[1:]))
+                    columns = math.prod(piece.shape[1:])
+                    scale_rows_(interval, scales.to(flat.device), start=piece.start, columns=columns)
+
+    def _device_of(self, flat: Tensor) -> torch.device:
+        """Where matrices are multiplied: with the weights, also when masters and momentum lie elsewhere (offload)."""
+        held = next(pieces for pieces in self._layouts[flat].pieces_by_rank if pieces)
+        return self._parameters[held[0].name].device
 
     def _muon_updates(
         self, directions: Sequence[Tensor], matrices: Sequence[tuple[str, int]], *, group: Mapping[str, Any]

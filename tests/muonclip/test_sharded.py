@@ -365,7 +365,7 @@ def test_a_layout_that_does_not_fit_is_refused(number, changes, message):
 
 def test_every_group_needs_a_layout():
     optimizer, flats, layouts = flattened()
-    with pytest.raises(ValueError, match="every group must hold one flat tensor that has a layout"):
+    with pytest.raises(ValueError, match="every group must hold flat tensors that have layouts"):
         optimizer.shard({flats[0]: layouts[0]})
     optimizer, flats, layouts = flattened()
     optimizer.param_groups[1]["params"] = [torch.zeros(63)]  # replaced again, after shard()
