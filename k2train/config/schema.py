@@ -238,7 +238,8 @@ class TrainConfig:
 class ParallelConfig:
     """How the work is split over processes."""
 
-    zero_stage: int = rule(at_least=1, at_most=2)
+    zero_stage: int = rule(at_least=1, at_most=3)  # 1: optimizer state is shared out; 2: gradients; 3: weights too
+    offload_optimizer: bool = rule()  # fp32 masters and momenta in the CPU's memory, not the GPU's
     expert_parallel: int = rule(at_least=1)  # processes that share out the experts; must divide world size and experts
 
 

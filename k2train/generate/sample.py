@@ -27,7 +27,7 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, config: GenerateConfig
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what ZeRO-3 gathers in it could not be trained with afterwards
             while len(ids) - begin < config.max_tokens:
                 tokens_BT = torch.tensor([ids[-window:]], device=device)
                 # A vocabulary padded to a round size has scores for ids that are no token.

@@ -9,6 +9,7 @@ from k2train.model.causal import attention
 from k2train.model.compile import compile_parts
 from k2train.model.dispatch import ExpertParallel
 from k2train.model.grouped_query import GroupedQueryAttention
+from k2train.model.init import materialise
 from k2train.model.loss import document_losses
 from k2train.model.moe import MoE
 from k2train.model.router import Router, update_bias
@@ -26,5 +27,6 @@ __all__ = [
     "build_model",
     "compile_parts",
     "document_losses",
+    "materialise",
     "update_bias",
 ]

@@ -30,6 +30,10 @@ class ExpertParallel:
     size: int
     rank: int
 
+    def first_expert(self, experts: int) -> int:
+        """Global number of the first expert that this process holds, of so many in a layer."""
+        return self.rank * (experts // self.size)
+
 
 class _Flight:
     """A transfer under way: what started it keeps it here for what waits for it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -88,15 +89,36 @@ def fill_buffers(model: nn.Module) -> None:
             module.loads.zero_()
 
 
-def initialise(model: nn.Module, *, seed: int, config: ModelConfig, first_expert: int) -> None:
-    """Fills every parameter and buffer of ``model`` in place.
+def materialise(
+    model: nn.Module,
+    *,
+    device: torch.device | str,
+    seed: int,
+    config: ModelConfig,
+    first_expert: int,
+    placed: Callable[[nn.Parameter], None] | None = None,
+) -> None:
+    """Gives a model on the meta device storage and its initial values, one parameter after the other.
+
+    Each parameter stays the object that it was, so that an optimizer may have been built from shapes alone.
 
     Args:
-        model: a Transformer with storage.
+        model: a Transformer on the meta device.
+        device: where it will live.
         seed: of the run.
         config: of the model.
         first_expert: global number of the first expert that this process holds.
+        placed: called with each parameter once it has its values. It may take them away before the next one is made,
+            so that a process never holds the whole model (ZeRO stage 3).
     """
     for name, parameter in model.named_parameters():
-        fill(parameter, name=name, seed=seed, config=config, first_expert=first_expert)
+        whole = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+        fill(whole, name=name, seed=seed, config=config, first_expert=first_expert)
+        whole.__dict__.update(parameter.__dict__)  # the swap takes attributes along
+        torch.utils.swap_tensors(parameter, whole)  # type: ignore[no-untyped-call]
+        if placed is not None:
+            placed(parameter)
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(module, key, torch.empty_like(buffer, device=device))
     fill_buffers(model)

@@ -17,7 +17,7 @@ from k2train.model.attention import Attention, LatentAttention
 from k2train.model.dispatch import ExpertParallel
 from k2train.model.experts import Experts
 from k2train.model.grouped_query import GroupedQueryAttention
-from k2train.model.init import initialise
+from k2train.model.init import materialise
 from k2train.model.loss import cross_entropy
 from k2train.model.mlp import MLP
 from k2train.model.moe import MoE
@@ -207,7 +207,8 @@ def build_model(
         config: architecture; vocab_size must be a number.
         seed: of the run.
         dtype: of the parameters; router biases and max logits are fp32 regardless.
-        device: where it will live; ``meta`` gives shapes alone, in seconds for a trillion parameters.
+        device: where it will live; ``meta`` gives shapes alone, in seconds for a trillion parameters, which
+            ``materialise`` fills later.
         expert_parallel: the group that shares out the experts; None: all are here.
         moe_class: MoE or a subclass, constructed as ``moe_class(config, expert_parallel=...)``.
 
@@ -218,7 +219,6 @@ def build_model(
         model = Transformer(config, expert_parallel=expert_parallel, moe_class=moe_class).to(dtype)
     if torch.device(device).type == "meta":
         return model
-    model.to_empty(device=device)
-    first = 0 if expert_parallel is None else expert_parallel.rank * (config.n_routed_experts // expert_parallel.size)
-    initialise(model, seed=seed, config=config, first_expert=first)
+    first = 0 if expert_parallel is None else expert_parallel.first_expert(config.n_routed_experts)
+    materialise(model, device=device, seed=seed, config=config, first_expert=first)
     return model

@@ -24,6 +24,7 @@ from k2train.model import Transformer
 from k2train.train.engine import MUON_ROLES
 from k2train.train.errors import RunError
 from k2train.train.state import Experts
+from k2train.train.zero import whole_shape
 
 if TYPE_CHECKING:
     from k2train.train.trainer import Trainer
@@ -88,7 +89,8 @@ def not_once(counts: Counter[tuple[str, int]], optimizer: MuonClip, model: Trans
     if all(group["algorithm"] != "muon" for group in optimizer.param_groups):
         return [] if not counts else [f"{_some(sorted({n for n, _ in counts}))} orthogonalised, but Muon is off"]
     roles = model.parameter_roles()
-    expected = {n: len(p) if p.ndim == 3 else 1 for n, p in model.named_parameters() if roles[n] in MUON_ROLES}
+    shapes = {n: whole_shape(p) for n, p in model.named_parameters() if roles[n] in MUON_ROLES}
+    expected = {name: shape[0] if len(shape) == 3 else 1 for name, shape in shapes.items()}
     labels, mine = [], []  # of all matrices, and how often this rank orthogonalised each
     for name, here in expected.items():
         total, first = (here * experts.size, here * experts.rank) if roles[name] == "expert" else (here, 0)

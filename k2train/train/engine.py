@@ -19,6 +19,12 @@ COEFFICIENTS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def start_deepspeed(world: World) -> None:
+    """Lets DeepSpeed find the process group of the run; before anything else of it is used."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists on it, even alone
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
 def choose_precision(precision: str, device: torch.device) -> str:
     """fp32 or bf16; ``auto`` is bf16 on a GPU and fp32 on a CPU, where small models train faster in it."""
     return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
@@ -79,7 +85,8 @@ def build_engine(
     config: RunConfig, model: Transformer, optimizer: MuonClip, *, world: World, precision: str
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps both in DeepSpeed's ZeRO engine."""
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists on it, even alone
+    if config.parallel.zero_stage == 3:  # the head is read in the whole model's forward pass, not in a module's own
+        deepspeed.zero.register_external_parameter(model, model.head_weight)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, world=world, precision=precision)
     )
@@ -88,17 +95,24 @@ def build_engine(
 
 def deepspeed_config(config: RunConfig, *, world: World, precision: str) -> dict[str, Any]:
     """What DeepSpeed reads; every value follows from the typed config."""
+    sharing: dict[str, Any] = {
+        "stage": config.parallel.zero_stage,
+        "reduce_scatter": True,  # needed with experts
+        "contiguous_gradients": True,  # needed with experts at stage 2
+        "overlap_comm": world.device.type == "cuda",
+        # Stage 3: vectors stay whole everywhere, as gathering one would cost more than it takes up.
+        "stage3_param_persistence_threshold": config.model.hidden_size,
+        "memory_efficient_linear": False,  # it would replace torch's own linear function, for everyone
+    }
+    if config.parallel.offload_optimizer:
+        sharing["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     settings: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_clipping": config.optim.clip_grad_norm,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "reduce_scatter": True,  # needed with experts
-            "contiguous_gradients": True,  # needed with experts at stage 2
-            "overlap_comm": world.device.type == "cuda",
-        },
+        "zero_optimization": sharing,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload knows DeepSpeed's own CPU optimizers alone otherwise
         "data_types": {"grad_accum_dtype": "fp32"},  # else it follows the weights: bf16 sums lose small gradients
         "steps_per_print": 10**9,
     }

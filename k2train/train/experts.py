@@ -35,7 +35,7 @@ def group_name(size: int) -> str:
 
 
 def mark_experts(model: Transformer, expert_parallel: ExpertParallel) -> None:
-    """Sets on each expert layer and parameter what DeepSpeed's engine and ZeRO read."""
+    """Sets on each expert layer and parameter what DeepSpeed's engine and ZeRO read; before any is partitioned."""
     name = group_name(expert_parallel.size)
     for _, moe in model.moe_layers():
         local = moe.experts.w1.shape[0]
@@ -53,6 +53,7 @@ def mark_experts(model: Transformer, expert_parallel: ExpertParallel) -> None:
             combine_impl=None,
             comm_backend="comm",
         )
+        data_parallel = groups._get_expert_data_parallel_group(name)
         for parameter in moe.experts.parameters():
             _set(
                 parameter,
@@ -60,6 +61,7 @@ def mark_experts(model: Transformer, expert_parallel: ExpertParallel) -> None:
                 group_name=name,
                 ds_zero_placement_family="autoep_expert",
                 ds_zero_partition_group_name=name,
+                ds_zero_partition_process_group=data_parallel,
             )
 
 

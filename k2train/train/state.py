@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from muonclip import MuonClip
 from muonclip.plan import Piece
 
 from k2train.checkpoint import Checkpoint, CheckpointError, Interval
 from k2train.model import Transformer
-from k2train.train.zero import Shard
+from k2train.train.zero import Shard, whole_shape
 
 
 @dataclass
@@ -44,15 +45,13 @@ class Experts:
         return (shape[0] * self.size, *shape[1:]) if expert else shape
 
 
-def optimizer_keys(optimizer: torch.optim.Optimizer, shard: Shard) -> list[str]:
+def optimizer_keys(optimizer: MuonClip, shard: Shard) -> list[str]:
     """The names of the optimizer's tensors that are laid out as the parameters are."""
     state = optimizer.state[shard.flat]
     return sorted(key for key, v in state.items() if isinstance(v, torch.Tensor) and v.shape == shard.flat.shape)
 
 
-def intervals(
-    held: list[Shard], optimizer: torch.optim.Optimizer, roles: Mapping[str, str], experts: Experts
-) -> Iterator[Interval]:
+def intervals(held: list[Shard], optimizer: MuonClip, roles: Mapping[str, str], experts: Experts) -> Iterator[Interval]:
     """What this rank holds of masters and momenta, by global name and global element."""
     for shard in held:
         sources = {
@@ -67,7 +66,7 @@ def intervals(
 
 def shapes(model: Transformer, roles: Mapping[str, str], experts: Experts) -> dict[str, tuple[int, ...]]:
     """Global shape of every parameter and router bias."""
-    found = {n: experts.shape(tuple(p.shape), expert=roles[n] == "expert") for n, p in model.named_parameters()}
+    found = {n: experts.shape(whole_shape(p), expert=roles[n] == "expert") for n, p in model.named_parameters()}
     return found | {name: tuple(bias.shape) for name, bias in router_biases(model)}
 
 
@@ -81,7 +80,7 @@ def router_biases(model: Transformer) -> list[tuple[str, torch.Tensor]]:
 def load_intervals(
     checkpoint: Checkpoint,
     held: list[Shard],
-    optimizer: torch.optim.Optimizer,
+    optimizer: MuonClip,
     model: Transformer,
     roles: Mapping[str, str],
     experts: Experts,
@@ -131,21 +130,17 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def optimizer_steps(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def optimizer_steps(optimizer: MuonClip) -> dict[str, int]:
     """Updates that each AdamW group has counted, by role; its bias correction needs them."""
     return {
-        group["role"]: int(optimizer.state[group["params"][0]]["step"])
-        for group in optimizer.param_groups
+        group["role"]: int(optimizer.state[tensor]["step"])
+        for tensor, group in optimizer.tensors()
         if group["algorithm"] == "adamw"
     }
 
 
-def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: Mapping[str, int]) -> None:
+def set_optimizer_steps(optimizer: MuonClip, steps: Mapping[str, int]) -> None:
     """The inverse of ``optimizer_steps``."""
-    for group in optimizer.param_groups:
+    for tensor, group in optimizer.tensors():
         if group["algorithm"] == "adamw":
-            found = optimizer.state[group["params"][0]]
-            if isinstance(found["step"], torch.Tensor):
-                found["step"].fill_(steps[group["role"]])
-            else:
-                found["step"] = steps[group["role"]]
+            optimizer.state[tensor]["step"].fill_(steps[group["role"]])

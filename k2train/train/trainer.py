@@ -22,12 +22,19 @@ from k2train.checkpoint import Interval, newest_checkpoint, prune, save_checkpoi
 from k2train.comm import World, sum_across
 from k2train.config import RunConfig, to_dict
 from k2train.data import Tokenizer, TrainStream, open_dataset
-from k2train.model import build_model, update_bias
+from k2train.model import build_model, materialise, update_bias
 from k2train.paths import RunPaths, atomic_write
 from k2train.train import state, zero
 from k2train.train.audit import OnceEach
 from k2train.train.compile import Compiled
-from k2train.train.engine import PRECISIONS, build_clip, build_engine, build_optimizer, choose_precision
+from k2train.train.engine import (
+    PRECISIONS,
+    build_clip,
+    build_engine,
+    build_optimizer,
+    choose_precision,
+    start_deepspeed,
+)
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.metrics import MetricsFile
@@ -71,14 +78,15 @@ class Trainer:
         self.precision = choose_precision(config.train.precision, world.device)
         self.dataset = open_dataset(manifest)
         model_config = dataclasses.replace(config.model, vocab_size=self._vocab_size())
-        deepspeed.init_distributed(auto_mpi_discovery=False)
+        start_deepspeed(world)
         parallel = expert_groups(world, size=config.parallel.expert_parallel)
 
+        # Shapes first: the optimizer needs no more, and at stage 3 no process ever holds all weights.
         self.model = build_model(
             model_config,
             seed=config.seed,
             dtype=PRECISIONS[self.precision],
-            device=world.device,
+            device="meta",
             expert_parallel=parallel if parallel.size > 1 else None,
             moe_class=DeepSpeedMoE,
         )
@@ -89,10 +97,17 @@ class Trainer:
         self.optimizer = build_optimizer(
             config.optim, self.model, self.clip, expert_group=group_name(parallel.size), device=world.device
         )
+        materialise(
+            self.model,
+            device=world.device,
+            seed=config.seed,
+            config=model_config,
+            first_expert=parallel.first_expert(model_config.n_routed_experts),
+            placed=zero.partitioner(world.device) if config.parallel.zero_stage == 3 else None,
+        )
         self.engine = build_engine(config, self.model, self.optimizer, world=world, precision=self.precision)
         self.shards = zero.shards(self.engine.optimizer, {p: n for n, p in self.model.named_parameters()})
-        self.optimizer.shard({shard.flat: shard.layout for shard in self.shards})
-        zero.check_weights(self.shards)
+        zero.hand_over(self.engine.optimizer, self.optimizer, self.shards)
 
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]

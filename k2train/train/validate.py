@@ -56,7 +56,7 @@ def held_out_loss(
     tokens, size = 0, 0
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what stage 3 gathers in it could not be trained with afterwards
         for start in range(0, len(windows), batch_size * world.size):
             first = start + world.rank * batch_size
             batch = [_window(windows, number) for number in range(first, first + batch_size)]

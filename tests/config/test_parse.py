@@ -58,7 +58,7 @@ def test_all_faults_are_told_at_once(tiny):
         ("optim__betas", [0.9, 2], "optim.betas[1]=2.0 must be below 1"),
         ("optim__nesterov", "yes", "optim.nesterov='yes' must be true or false"),
         ("optim__name", "muonclap", "did you mean 'muonclip'?"),
-        ("parallel__zero_stage", 3, "parallel.zero_stage=3 must be at most 2"),
+        ("parallel__zero_stage", 4, "parallel.zero_stage=4 must be at most 3"),
         ("model__qk_rope_head_dim", 7, "model.qk_rope_head_dim=7 must be even"),
         ("model__rope_scaling", {"factor": 2}, "missing key model.rope_scaling.beta_fast"),
         ("model", 3, "model must be a group of keys, not 3"),
@@ -135,7 +135,7 @@ def test_world_that_does_not_divide_the_batch(tiny, size, fits):
 
 
 def test_world_that_does_not_divide_the_experts(tiny):
-    config = parse(RunConfig, tiny | {"parallel": {"zero_stage": 1, "expert_parallel": 2}})
+    config = parse(RunConfig, tiny | {"parallel": tiny["parallel"] | {"expert_parallel": 2}})
     assert "parallel.expert_parallel=2 does not divide the 1 process of this run" in next(iter(config.check_world(1)))
 
 

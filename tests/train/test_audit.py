@@ -16,7 +16,14 @@ from k2train.config import RunConfig, parse
 from k2train.model import build_model
 from k2train.train import zero
 from k2train.train.audit import OnceEach, foreign_muon, not_once
-from k2train.train.engine import PRECISIONS, build_clip, build_engine, build_optimizer, deepspeed_config
+from k2train.train.engine import (
+    PRECISIONS,
+    build_clip,
+    build_engine,
+    build_optimizer,
+    deepspeed_config,
+    start_deepspeed,
+)
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.state import Experts
@@ -41,7 +48,7 @@ def build(config: RunConfig, *, wrap=None):
         wrap(model, optimizer)
     engine = build_engine(config, model, optimizer, world=open_world("cpu"), precision=config.train.precision)
     held = zero.shards(engine.optimizer, {p: n for n, p in model.named_parameters()})
-    optimizer.shard({shard.flat: shard.layout for shard in held})
+    zero.hand_over(engine.optimizer, optimizer, held)
     return engine, optimizer, model
 
 
@@ -58,19 +65,17 @@ def step(engine, optimizer) -> None:
 def matrices(model) -> int:
     roles = model.parameter_roles()
     muon = [p for n, p in model.named_parameters() if roles[n] in ("attention", "mlp", "expert", "router")]
-    return sum(len(p) if p.ndim == 3 else 1 for p in muon)
+    return sum(shape[0] if len(shape) == 3 else 1 for shape in map(zero.whole_shape, muon))
 
 
 def under_deepspeed(_: int) -> None:
-    import deepspeed
     from deepspeed.runtime.zero.muon import original_muon
 
     from k2train.train.quiet import without_shm_comm
 
     torch.set_num_threads(1)
     without_shm_comm()
-    open_world("cpu")
-    deepspeed.init_distributed(auto_mpi_discovery=False)
+    start_deepspeed(open_world("cpu"))
     ours, theirs = [], []
 
     def count(matrices, **settings):
@@ -86,7 +91,7 @@ def under_deepspeed(_: int) -> None:
         patch.setattr(original_muon, "muon_update", count_theirs)
         kinds = set()
         for precision in ("fp32", "bf16"):
-            for stage in (1, 2):
+            for stage in (3, 1, 2):
                 engine, optimizer, model = build(
                     config_of(f"train.precision={precision}", f"parallel.zero_stage={stage}")
                 )
@@ -98,7 +103,7 @@ def under_deepspeed(_: int) -> None:
                 assert sum(ours) == matrices(model)
                 assert theirs == []
                 assert optimizer.orthogonalized is None  # counts no more
-        names = {"DeepSpeedZeroOptimizer", "BF16_Optimizer"}
+        names = {"DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3"}
         assert {name for name, _ in kinds} == names
         # Switched on by an attribute that something sets in between: DeepSpeed does run its own then.
         proof = OnceEach(engine, optimizer, model, ALONE)
