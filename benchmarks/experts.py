@@ -19,7 +19,7 @@ from measure import interleaved, interval, machine
 from model_step import DTYPES, model_config
 from torch import Tensor
 
-from k2train.model.init import initialise
+from k2train.model.init import materialise
 from k2train.model.moe import MoE
 
 Work = Callable[[int], None]
@@ -70,8 +70,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config, dtype = model_config(arguments.model), DTYPES[arguments.dtype]
-    moe = MoE(config)
-    initialise(moe, seed=0, config=config, first_expert=0)
+    with torch.device("meta"):
+        moe = MoE(config)
+    materialise(moe, device="cpu", seed=0, config=config, first_expert=0)
     moe = moe.to(dtype).train()
     count, width, top_k = arguments.tokens, config.hidden_size, config.num_experts_per_tok
     batches = [inputs(count, width, dtype, number=number) for number in range(arguments.rounds + 1)]
