@@ -101,8 +101,10 @@ class Transformer(nn.Module):
         """[V, D]: the head's own weight, or the embedding's when they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor, starts_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss of each token.
+    def forward(
+        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each token, or without labels the scores of the next.
 
         Args:
             tokens_BT: token ids int64.
@@ -111,24 +113,28 @@ class Transformer(nn.Module):
                 begin there. None for one document a row.
 
         Returns:
-            Cross-entropy [B, T] in nats (fp32, 0 where the label is -100), and the sequence-wise balance loss: a
-            scalar with its weight in it, summed over layers, 0 when it is off.
+            Cross-entropy [B, T] in nats (fp32, 0 where the label is -100), or scores [B, T, V] (fp32); and the
+            sequence-wise balance loss: a scalar with its weight in it, summed over layers, 0 when it is off.
 
         Raises:
             ValueError: tokens are no [B, T] integers, more than max_position_embeddings, or labels of another shape.
         """
-        if labels_BT.shape != tokens_BT.shape:
+        if labels_BT is not None and labels_BT.shape != tokens_BT.shape:
             raise ValueError(
                 f"labels of shape {tuple(labels_BT.shape)} for tokens of shape {tuple(tokens_BT.shape)}: "
                 "give one label for each token, -100 where there is none"
             )
         x_BTD, balance = self._hidden(tokens_BT, starts_BT)
-        loss = cross_entropy(x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten()).view(labels_BT.shape)
-        return loss, loss.new_zeros(()) if balance is None else balance
+        if labels_BT is None:
+            out = F.linear(x_BTD, self.head_weight).float()
+        else:
+            out = cross_entropy(x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten()).view(labels_BT.shape)
+        return out, out.new_zeros(()) if balance is None else balance
 
     def logits(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Scores of the next token at each position, [B, T, V] fp32. Takes and raises what ``forward`` does."""
-        return F.linear(self._hidden(tokens_BT, starts_BT)[0], self.head_weight).float()
+        scores: Tensor = self(tokens_BT, None, starts_BT)[0]  # as a call: ZeRO-3 gathers weights in modules' hooks
+        return scores
 
     def _hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if tokens_BT.ndim != 2 or tokens_BT.dtype not in (torch.int64, torch.int32):

@@ -1,0 +1,427 @@
+"""Every layout of a run gives what one process gives: the measurement, and the table of docs/layouts.md.
+
+The truth is a plain loop in one process: no DeepSpeed, no shards, the whole batch at once. A layout is a real run, by
+the Trainer, of the same ten steps, on 1, 2 or 4 processes over gloo. All runs of as many processes are done by one
+process group in turn, as starting processes is what takes time.
+
+    python -m tests.distributed.layouts docs/layouts.md     # the whole product, some 20 minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import random
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from k2train.checkpoint import newest_checkpoint
+from k2train.cli.commands import TRAIN
+from k2train.cli.compose import compose
+from k2train.comm import World, close_world, open_world
+from k2train.config import RunConfig, parse
+from k2train.data import TrainStream, open_dataset, prepare
+from k2train.generate import sample_text
+from k2train.model import Transformer, build_model, update_bias
+from k2train.paths import RunPaths
+from k2train.train import engine
+from k2train.train.audit import not_once
+from k2train.train.engine import build_clip, build_optimizer
+from k2train.train.quiet import without_shm_comm
+from k2train.train.trainer import Trainer
+from k2train.train.validate import held_out_loss
+
+STEPS, HALF = 10, 5
+# Gradient clipping and QK-Clip both act, and the learning rate is high: what differs would show.
+SETTINGS = [
+    "model=nano",
+    "model.num_hidden_layers=2",
+    "model.hidden_size=32",
+    "model.q_lora_rank=24",
+    "model.kv_lora_rank=16",
+    "model.intermediate_size=64",
+    "model.moe_intermediate_size=24",
+    "model.balance_loss_weight=1e-3",
+    "data=folder",
+    "data.tokenizer.vocab_size=320",
+    "optim.lr=0.01",
+    "optim.tau=0.02",
+    "optim.clip_grad_norm=0.5",
+    "schedule=constant",
+    f"schedule.steps={STEPS}",
+    "schedule.warmup_steps=0",
+    "train.global_batch_size=8",
+    "train.sequence_length=24",
+    "train.device=cpu",
+    "train.threads=1",
+    "validate.tokens=200",
+    "generate.prompt=the",
+    "generate.max_tokens=3",
+    "generate.temperature=0",
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is cut."""
+
+    processes: int
+    expert_parallel: int = 1
+    zero_stage: int = 1
+    precision: str = "fp32"
+    accumulation: int = 1  # micro-batches a step on each process
+    overlap: bool = False
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in a layout; it goes on from where an earlier one of its name has stopped."""
+
+    layout: Layout
+    name: str
+    until: int = STEPS
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run, or its last part, differs in from one process."""
+
+    layout: Layout
+    optimizer: str  # DeepSpeed's class
+    drift: float  # ||W - W'|| / ||W' - W_0|| over the model
+    worst_drift: float  # over one parameter, the largest
+    worst: str
+    loss: float  # largest difference of a step's loss
+    held_out: float  # difference of the loss on held-out text, read between two steps
+    flips: int  # tokens that went to other experts, over all layers and steps
+    clipped_heads: int  # over all steps
+    clipped_gradients: int  # steps
+    orthogonalised: tuple[int, int]  # fewest and most times that a matrix was, a step, over all processes
+    sample: str
+    seconds: float
+
+
+def every_layout() -> list[Layout]:
+    """The whole product, without what cannot be: more expert parallelism than processes, or what an axis excludes."""
+    found = []
+    for processes in (1, 2, 4):
+        for expert_parallel in (size for size in (1, 2, 4) if processes % size == 0):
+            for stage, accumulation, overlap, offload in itertools.product(
+                (1, 2, 3), (1, 2), (False, True), (False, True)
+            ):
+                layout = Layout(processes, expert_parallel, stage, "fp32", accumulation, overlap, offload)
+                found.append(layout)
+                if stage == 1 and not overlap and not offload:  # BF16_Optimizer knows neither
+                    found.append(dataclasses.replace(layout, precision="bf16"))
+    return found
+
+
+# ---- the truth
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What one process gives."""
+
+    start: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    losses: list[float]
+    held_out: float
+    experts: Tensor  # [steps, layers, tokens of the batch, K], sorted
+    sample: str
+
+
+class Routes:
+    """The experts that each token is sent to, in training."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.chosen: list[Tensor] = []
+        for _, moe in model.moe_layers():
+            moe.gate.register_forward_hook(self._note)
+
+    def _note(self, gate: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if gate.training:
+            self.chosen.append(output[0].sort(-1).values)
+
+
+def truth(folder: Path) -> Truth:
+    """The plain loop, in fp32."""
+    config = _config(folder, Layout(1))
+    dataset = open_dataset(_data(folder))
+    model_config = dataclasses.replace(config.model, vocab_size=dataset.padded_vocab_size)
+    model = build_model(model_config, seed=config.seed)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    clip = build_clip(config.optim, model)
+    optimizer = build_optimizer(config.optim, model, clip, expert_group="", device=torch.device("cpu"))
+    stream = TrainStream(dataset, sequence_length=config.train.sequence_length, seed=config.seed)
+    routes, losses, held_out = Routes(model), [], 0.0
+    batch = config.train.global_batch_size
+    for step in range(STEPS):
+        if step == HALF:
+            held_out = _held_out(model, dataset, config)
+        loss_BT, balance = model(*stream.batch(range(step * batch, (step + 1) * batch)))
+        (loss_BT.mean() + balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        for _, moe in model.moe_layers():
+            bias, loads = moe.gate.e_score_correction_bias, moe.gate.loads
+            bias.copy_(update_bias(bias, loads, rate=config.model.router_bias_rate))
+            loads.zero_()
+        losses.append(loss_BT.mean().item())
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    experts = torch.stack(routes.chosen).view(STEPS, len(model.moe_layers()), -1, config.model.num_experts_per_tok)
+    sample = sample_text(model, dataset.tokenizer, config.generate, "cpu")
+    return Truth(start, weights, losses, held_out, experts, sample)
+
+
+def _held_out(model: Transformer, dataset: Any, config: RunConfig) -> float:
+    windows = dataset.windows("held_out", sequence_length=config.train.sequence_length)[:6]
+    bytes_of_token = torch.ones(dataset.padded_vocab_size, dtype=torch.int64)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    if dist.is_initialized():
+        world = dataclasses.replace(world, rank=dist.get_rank(), size=dist.get_world_size())
+    return held_out_loss(model, windows, bytes_of_token=bytes_of_token, batch_size=2, world=world).per_token
+
+
+def _save(found: Truth, folder: Path) -> None:
+    tensors = {f"start/{name}": value for name, value in found.start.items()}
+    tensors |= {f"weights/{name}": value for name, value in found.weights.items()}
+    save_file(tensors | {"experts": found.experts}, folder / "truth.safetensors")
+    numbers = {"losses": found.losses, "held_out": found.held_out, "sample": found.sample}
+    (folder / "truth.json").write_text(json.dumps(numbers))
+
+
+def _load(folder: Path) -> Truth:
+    tensors = load_file(folder / "truth.safetensors")
+    start, weights = (
+        {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(kind)}
+        for kind in ("start/", "weights/")
+    )
+    numbers = json.loads((folder / "truth.json").read_text())
+    return Truth(start, weights, experts=tensors["experts"], **numbers)
+
+
+def _config(folder: Path, layout: Layout) -> RunConfig:
+    micro_batch = 8 // (layout.processes * layout.accumulation)
+    own = [f"data.path={folder / 'text'}", f"data.cache_dir={folder / 'cache'}", f"runs_dir={folder / 'runs'}"]
+    own += [f"train.micro_batch_size={micro_batch}", f"train.precision={layout.precision}"]
+    own += [f"parallel.zero_stage={layout.zero_stage}", f"parallel.expert_parallel={layout.expert_parallel}"]
+    own += [f"parallel.offload_optimizer={str(layout.offload).lower()}"]
+    config = parse(RunConfig, compose(TRAIN, [*SETTINGS, *own]))
+    assert not [*config.check_world(layout.processes)]
+    return config
+
+
+def _data(folder: Path) -> Path:
+    return prepare(_config(folder, Layout(1)).data, cache=folder / "cache", progress=lambda *_: None)
+
+
+def write_text(folder: Path) -> None:
+    """A corpus of its own: results must not change with the sources, or with the machine."""
+    generator = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(300)]
+    for number in range(24):
+        path = folder / "text" / f"part{number % 8}" / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(" ".join(generator.choices(words, weights=range(1, 301), k=400)) + "\n")
+
+
+# ---- the layouts
+
+
+def measure(run: Run, folder: Path, expected: Truth) -> Result:
+    """One run, by all processes together; the result is rank 0's to use."""
+    begin, layout = time.perf_counter(), run.layout
+    config = dataclasses.replace(_config(folder, layout), name=run.name)
+    settings = engine.deepspeed_config
+
+    def with_overlap(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = settings(*args, **kwargs)
+        found["zero_optimization"]["overlap_comm"] = layout.overlap
+        return found
+
+    world = open_world("cpu")
+    with mock.patch.object(engine, "deepspeed_config", with_overlap):
+        paths = RunPaths(folder / "runs" / run.name)
+        paths.checkpoints.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(config, _data(folder), world=world, paths=paths, say=lambda text: None)
+    first, routes = trainer.progress.step, Routes(trainer.model)
+    records, held_out, counts = [], expected.held_out, []
+    for step in range(first, run.until):
+        if step == HALF:
+            held_out = _held_out(trainer.model, trainer.dataset, config)
+        trainer.optimizer.orthogonalized = Counter()
+        records.append(trainer.step())
+        assert records[-1]["applied"]
+        counts.append(_times_orthogonalised(trainer))
+    trainer.optimizer.orthogonalized = None
+    sample = expected.sample
+    if run.until == STEPS and layout.precision == "fp32":
+        sample = sample_text(trainer.model, trainer.dataset.tokenizer, config.generate, "cpu")
+    trainer.save()
+    reached = newest_checkpoint(paths.checkpoints, world=world, say=print)
+    assert reached is not None and reached.manifest.step == run.until
+    reader = reached.reader()
+    weights = {name: reader.read(name, "master") for name in expected.weights}
+    drift, worst_drift, worst = _drift(weights, expected) if run.until == STEPS else (0.0, 0.0, "")
+    flips = int((_routes_of_all(routes, config, world) != expected.experts[first : run.until]).any(-1).sum())
+    result = Result(
+        layout,
+        type(trainer.engine.optimizer).__name__,
+        drift,
+        worst_drift,
+        worst,
+        max(abs(r["loss"] - loss) for r, loss in zip(records, expected.losses[first:], strict=False)),
+        abs(held_out - expected.held_out),
+        flips,
+        sum(r["clipped_heads"] for r in records),
+        sum(r["grad_norm"] > config.optim.clip_grad_norm for r in records),
+        (min(low for low, _ in counts), max(high for _, high in counts)),
+        sample,
+        time.perf_counter() - begin,
+    )
+    trainer.engine.destroy()
+    del trainer, routes
+    gc.collect()
+    return result
+
+
+def _times_orthogonalised(trainer: Trainer) -> tuple[int, int]:
+    """Fewest and most, over all matrices and all processes."""
+    counts = trainer.optimizer.orthogonalized
+    assert counts is not None
+    wrong = not_once(counts, trainer.optimizer, trainer.model, trainer.experts)
+    times = [1, *(int(sentence.split(" orthogonalised ")[1].split()[0]) for sentence in wrong)]
+    return min(times), max(times)
+
+
+def _drift(weights: dict[str, Tensor], expected: Truth) -> tuple[float, float, str]:
+    apart = {name: (weights[name] - w).norm().item() for name, w in expected.weights.items()}
+    moved = {name: (w - expected.start[name]).norm().item() for name, w in expected.weights.items()}
+    ratio, worst = max((apart[name] / moved[name], name) for name in apart)
+    return sum(a * a for a in apart.values()) ** 0.5 / sum(m * m for m in moved.values()) ** 0.5, ratio, worst
+
+
+def _routes_of_all(routes: Routes, config: RunConfig, world: World) -> Tensor:
+    """[steps, layers, tokens, K], the samples of each step in order, on all ranks."""
+    layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.size)
+    own = torch.stack(routes.chosen)  # [steps * micro-batches * layers, tokens, K]
+    own = own.view(-1, micro_batches, layers, *own.shape[1:])
+    parts = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(parts, own)
+    everywhere = torch.stack(parts, 2)  # steps, micro-batches, ranks, layers, tokens, K
+    return everywhere.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
+
+
+def _work(rank: int, port: int, runs: Sequence[Run], folder: Path) -> None:
+    size = runs[0].layout.processes
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    without_shm_comm()
+    open_world("cpu")
+    expected = _load(folder)
+    for run in runs:
+        result = measure(run, folder, expected)
+        if rank == 0:
+            with (folder / "results.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+    close_world()
+
+
+def measure_all(runs: Sequence[Run], folder: Path) -> list[Result]:
+    """The results, in the order of the runs: as many processes as the first needs, then as the next needs.
+
+    Args:
+        runs: what is to be run.
+        folder: of their own, with room for some megabytes a run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    multiprocessing.set_forkserver_preload([__name__, "deepspeed.runtime.zero.muon.muon_optimizer"])
+    write_text(folder)
+    _save(truth(folder), folder)
+    for _, group in itertools.groupby(runs, key=lambda run: run.layout.processes):
+        together = list(group)
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        size = together[0].layout.processes
+        mp.start_processes(_work, args=(port, together, folder), nprocs=size, start_method="forkserver")
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [_result(json.loads(line)) for line in lines]
+
+
+def _result(values: dict[str, Any]) -> Result:
+    layout, times = Layout(**values.pop("layout")), tuple(values.pop("orthogonalised"))
+    return Result(layout=layout, orthogonalised=times, **values)
+
+
+# ---- the table
+
+
+def table(results: Sequence[Result]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield (
+        "| processes | experts over | ZeRO | precision | accumulation | overlap | offload | drift | worst parameter "
+        "| loss | held out | flips | orthogonalised |"
+    )
+    yield "| --- " * 13 + "|"
+    for r in results:
+        layout = r.layout
+        low, high = r.orthogonalised
+        yield (
+            f"| {layout.processes} | {layout.expert_parallel} | {layout.zero_stage} | {layout.precision} "
+            f"| {layout.accumulation} | {'yes' if layout.overlap else ''} | {'yes' if layout.offload else ''} "
+            f"| {r.drift:.1e} | {r.worst_drift:.1e} | {r.loss:.1e} | {r.held_out:.1e} | {r.flips} "
+            f"| {low if low == high else f'{low} to {high}'} |"
+        )
+
+
+def main() -> None:
+    """Measures every layout and writes the table between the marks of a document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", type=Path, help="whose lines after '<!-- table -->' are replaced")
+    arguments = parser.parse_args()
+    text, mark, _ = arguments.document.read_text().partition("<!-- table -->\n")
+    assert mark, f"{arguments.document} has no line <!-- table -->"
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [Run(layout, f"run{number}") for number, layout in enumerate(every_layout())]
+        results = measure_all(runs, Path(folder))
+    minutes = (time.perf_counter() - begin) / 60
+    import deepspeed
+
+    lines = [
+        f"{len(results)} layouts in {minutes:.0f} minutes; torch {torch.__version__}, DeepSpeed "
+        f"{deepspeed.__version__}, Python {platform.python_version()}, {platform.machine()}, a thread a process.",
+        "",
+        *table(results),
+    ]
+    arguments.document.write_text(text + mark + "\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
