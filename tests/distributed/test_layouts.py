@@ -4,14 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.layouts import Layout, Result, Run, every_layout, measure_all
+from tests.distributed.layouts import HALF, Layout, Result, Run, every_layout, measure_all
 
-# Each axis once: processes, expert parallelism, stage, accumulation, overlap, offload, and BF16_Optimizer.
+# Each axis once: processes, expert parallelism, stage, accumulation, overlap, offload, and BF16_Optimizer. The run that
+# moves is stopped half-way in one layout and goes on in another.
+STAGE_3 = Layout(2, 2, zero_stage=3, overlap=True)
 QUICK = [
-    Layout(1, zero_stage=2, accumulation=2),
-    Layout(2, 1, zero_stage=1, precision="bf16"),
-    Layout(2, 2, zero_stage=3, overlap=True),
-    Layout(4, 4, zero_stage=1, offload=True),
+    Run(Layout(1, zero_stage=2, accumulation=2), "one"),
+    Run(Layout(2, precision="bf16"), "bf16"),
+    Run(STAGE_3, "stage 3"),
+    Run(STAGE_3, "stopped", until=HALF),
+    Run(STAGE_3, "stopped"),
+    Run(STAGE_3, "moved", until=HALF),
+    Run(Layout(2, 1, zero_stage=2, offload=True), "moved"),
+    Run(Layout(4, 4, offload=True), "four"),
 ]
 
 
@@ -19,8 +25,7 @@ def check(result: Result, sample: str) -> None:
     """What every layout must hold."""
     print(result)
     assert result.orthogonalised == (1, 1)
-    assert result.clipped_heads > 20  # QK-Clip acted
-    assert result.clipped_gradients > 5  # and so did gradient clipping
+    assert result.bad_step_ignored
     if result.layout.precision == "bf16":  # routing differs by rounding: the loss alone can be compared
         assert result.optimizer == "BF16_Optimizer"
         assert result.loss <= 2e-2
@@ -34,11 +39,25 @@ def check(result: Result, sample: str) -> None:
     assert result.sample == sample
 
 
-def test_each_axis_gives_what_one_process_gives(tmp_path: Path):
-    results = measure_all([Run(layout, f"run{number}") for number, layout in enumerate(QUICK)], tmp_path)
-    assert [r.layout for r in results] == QUICK
-    for result in results:
-        check(result, results[0].sample)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> list[tuple[Run, Result]]:
+    results = measure_all(QUICK, tmp_path_factory.mktemp("layouts"))
+    return list(zip(QUICK, results, strict=True))
+
+
+def test_each_axis_gives_what_one_process_gives(measured):
+    for run, result in measured:
+        assert result.layout == run.layout
+        check(result, measured[0][1].sample)
+        if run.name not in ("stopped", "moved"):
+            assert result.clipped_heads > 20  # QK-Clip acted
+            assert result.clipped_gradients > 5  # and so did gradient clipping
+
+
+def test_a_run_that_was_stopped_at_stage_3_goes_on_to_the_last_bit(measured):
+    whole = next(result for run, result in measured if run.name == "stage 3")
+    resumed = next(result for run, result in measured if run == Run(STAGE_3, "stopped"))
+    assert (resumed.drift, resumed.worst_drift, resumed.held_out) == (whole.drift, whole.worst_drift, whole.held_out)
 
 
 @pytest.mark.full
@@ -48,3 +67,5 @@ def test_every_layout_gives_what_one_process_gives(tmp_path: Path):
     assert [r.layout for r in results] == layouts
     for result in results:
         check(result, results[0].sample)
+        assert result.clipped_heads > 20
+        assert result.clipped_gradients > 5
