@@ -22,7 +22,7 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,9 @@ from k2train.config import RunConfig, parse
 from k2train.data import TrainStream, open_dataset, prepare
 from k2train.generate import sample_text
 from k2train.model import Transformer, build_model, update_bias
+from k2train.model.float32 import counts
 from k2train.paths import RunPaths
-from k2train.train import engine
+from k2train.train import engine, zero
 from k2train.train.audit import not_once
 from k2train.train.engine import build_clip, build_optimizer
 from k2train.train.quiet import without_shm_comm
@@ -71,6 +72,7 @@ SETTINGS = [
     "schedule.warmup_steps=0",
     "train.global_batch_size=8",
     "train.sequence_length=24",
+    "train.document_mask=true",
     "train.device=cpu",
     "train.threads=1",
     "validate.tokens=200",
@@ -91,6 +93,7 @@ class Layout:
     accumulation: int = 1  # micro-batches a step on each process
     overlap: bool = False
     offload: bool = False
+    recompute: str = "none"  # of train.activation_checkpointing
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Result:
     clipped_heads: int  # over all steps
     clipped_gradients: int  # steps
     orthogonalised: tuple[int, int]  # fewest and most times that a matrix was, a step, over all processes
+    held: tuple[int, int]  # stage 3: elements of weights on a process while they are made, at most; and the bound on it
     bad_step_ignored: bool  # one more step, with a gradient that is not finite on one process, changed nothing
     sample: str
     seconds: float
@@ -134,6 +138,11 @@ def every_layout() -> list[Layout]:
                 found.append(layout)
                 if stage == 1 and not overlap and not offload:  # BF16_Optimizer knows neither
                     found.append(dataclasses.replace(layout, precision="bf16"))
+            found += [
+                Layout(processes, expert_parallel, stage, recompute=recompute)
+                for stage in (1, 2, 3)
+                for recompute in ("selective", "full")
+            ]
     return found
 
 
@@ -161,7 +170,7 @@ class Routes:
             moe.gate.register_forward_hook(self._note)
 
     def _note(self, gate: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if gate.training:
+        if counts(gate):  # not when it is computed again
             self.chosen.append(output[0].sort(-1).values)
 
 
@@ -180,7 +189,8 @@ def truth(folder: Path) -> Truth:
     for step in range(STEPS):
         if step == HALF:
             held_out = _held_out(model, dataset, config)
-        loss_BT, balance = model(*stream.batch(range(step * batch, (step + 1) * batch)))
+        tokens_BT, labels_BT, starts_BT = stream.batch(range(step * batch, (step + 1) * batch))
+        loss_BT, balance = model(tokens_BT, labels_BT, starts_BT)
         (loss_BT.mean() + balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm)
         optimizer.step()
@@ -202,7 +212,9 @@ def _held_out(model: Transformer, dataset: Any, config: RunConfig) -> float:
     world = World(0, 1, 0, 1, torch.device("cpu"))
     if dist.is_initialized():
         world = dataclasses.replace(world, rank=dist.get_rank(), size=dist.get_world_size())
-    return held_out_loss(model, windows, bytes_of_token=bytes_of_token, batch_size=2, world=world).per_token
+    return held_out_loss(
+        model, windows, bytes_of_token=bytes_of_token, batch_size=2, document_mask=True, world=world
+    ).per_token
 
 
 def _save(found: Truth, folder: Path) -> None:
@@ -229,6 +241,7 @@ def _config(folder: Path, layout: Layout) -> RunConfig:
     own += [f"train.micro_batch_size={micro_batch}", f"train.precision={layout.precision}"]
     own += [f"parallel.zero_stage={layout.zero_stage}", f"parallel.expert_parallel={layout.expert_parallel}"]
     own += [f"parallel.offload_optimizer={str(layout.offload).lower()}"]
+    own += [f"train.activation_checkpointing={layout.recompute}"]
     config = parse(RunConfig, compose(TRAIN, [*SETTINGS, *own]))
     assert not [*config.check_world(layout.processes)]
     return config
@@ -243,10 +256,10 @@ def write_text(folder: Path) -> None:
     generator = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(300)]
-    for number in range(24):
+    for number in range(160):
         path = folder / "text" / f"part{number % 8}" / f"{number}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(" ".join(generator.choices(words, weights=range(1, 301), k=400)) + "\n")
+        path.write_text(" ".join(generator.choices(words, weights=range(1, 301), k=60)) + "\n")
 
 
 # ---- the layouts
@@ -263,8 +276,11 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
         found["zero_optimization"]["overlap_comm"] = layout.overlap
         return found
 
-    world = open_world("cpu")
-    with mock.patch.object(engine, "deepspeed_config", with_overlap):
+    world, partitions = open_world("cpu"), Partitions()
+    with (
+        mock.patch.object(engine, "deepspeed_config", with_overlap),
+        mock.patch.object(zero, "partitioner", partitions.partitioner),
+    ):
         paths = RunPaths(folder / "runs" / run.name)
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(config, _data(folder), world=world, paths=paths, say=lambda text: None)
@@ -301,6 +317,7 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
         sum(r["clipped_heads"] for r in records),
         sum(r["grad_norm"] > config.optim.clip_grad_norm for r in records),
         (min(low for low, _ in counts), max(high for _, high in counts)),
+        partitions.held(world, total=sum(w.numel() for w in expected.weights.values())),
         _ignores_a_bad_step(trainer),
         sample,
         time.perf_counter() - begin,
@@ -318,6 +335,33 @@ def _times_orthogonalised(trainer: Trainer) -> tuple[int, int]:
     wrong = not_once(counts, trainer.optimizer, trainer.model, trainer.experts)
     times = [1, *(int(sentence.split(" orthogonalised ")[1].split()[0]) for sentence in wrong)]
     return min(times), max(times)
+
+
+class Partitions:
+    """Watches how much of the weights a process holds while stage 3 makes them one by one."""
+
+    def __init__(self) -> None:
+        self._partitioner = zero.partitioner
+        self._parts, self._most, self._sizes = 0, 0, [0]
+
+    def partitioner(self, device: torch.device) -> Callable[[torch.nn.Parameter], None]:
+        """In the place of the real one."""
+        partition = self._partitioner(device)
+
+        def watched(parameter: torch.nn.Parameter) -> None:
+            assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+            self._sizes.append(parameter.numel())
+            self._most = max(self._most, self._parts + parameter.numel())
+            partition(parameter)
+            assert parameter.untyped_storage().nbytes() <= parameter.element_size()
+            self._parts += parameter.ds_tensor.untyped_storage().nbytes() // parameter.element_size()
+
+        return watched
+
+    def held(self, world: World, *, total: int) -> tuple[int, int]:
+        """What it was at most, and what it may be: the parameter at hand, an even share of the model's ``total``, and
+        an element more for each parameter, as not all divide."""
+        return self._most, max(self._sizes) + total // world.size + len(self._sizes)
 
 
 def _ignores_a_bad_step(trainer: Trainer) -> bool:
@@ -399,8 +443,8 @@ def measure_all(runs: Sequence[Run], folder: Path) -> list[Result]:
 
 
 def _result(values: dict[str, Any]) -> Result:
-    layout, times = Layout(**values.pop("layout")), tuple(values.pop("orthogonalised"))
-    return Result(layout=layout, orthogonalised=times, **values)
+    pairs = {key: tuple(values.pop(key)) for key in ("orthogonalised", "held")}
+    return Result(layout=Layout(**values.pop("layout")), **pairs, **values)
 
 
 # ---- the table
@@ -409,16 +453,17 @@ def _result(values: dict[str, Any]) -> Result:
 def table(results: Sequence[Result]) -> Iterator[str]:
     """Lines of Markdown."""
     yield (
-        "| processes | experts over | ZeRO | precision | accumulation | overlap | offload | drift | worst parameter "
-        "| loss | held out | flips | orthogonalised |"
+        "| processes | experts over | ZeRO | precision | accumulation | overlap | offload | recomputed | drift "
+        "| worst parameter | loss | held out | flips | orthogonalised |"
     )
-    yield "| --- " * 13 + "|"
+    yield "| --- " * 14 + "|"
     for r in results:
         layout = r.layout
         low, high = r.orthogonalised
         yield (
             f"| {layout.processes} | {layout.expert_parallel} | {layout.zero_stage} | {layout.precision} "
             f"| {layout.accumulation} | {'yes' if layout.overlap else ''} | {'yes' if layout.offload else ''} "
+            f"| {layout.recompute if layout.recompute != 'none' else ''} "
             f"| {r.drift:.1e} | {r.worst_drift:.1e} | {r.loss:.1e} | {r.held_out:.1e} | {r.flips} "
             f"| {low if low == high else f'{low} to {high}'} |"
         )
