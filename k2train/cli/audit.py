@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -22,9 +23,10 @@ from k2train.units import memory
 if TYPE_CHECKING:
     from muonclip.audit import Exchanged
 
-    from k2train.train.audit import Range, Row
+    from k2train.train.audit import Placement, Range, Row
     from k2train.train.trainer import Trainer
 
+PLACES = 3  # of a parameter that are shown
 PIPED_WIDTH = 120  # columns where the terminal does not say
 
 
@@ -57,7 +59,7 @@ def _audit(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
     from k2train.comm import close_world, open_world
 
     manifest = prepare_data(config, streams) if first else None
-    from k2train.train.audit import audit
+    from k2train.train.audit import audit, placements
     from k2train.train.trainer import Trainer
 
     without_shm_comm()
@@ -68,12 +70,14 @@ def _audit(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
             print(text, file=streams.out)
 
     trainer = Trainer(config, manifest or prepare_data(config, None), world=world, paths=paths, say=say)
+    where = placements(trainer)
     rows = audit(trainer)
     if world.main:
         console = Console(file=streams.out, highlight=False)
         if not console.is_terminal:
             console = Console(file=streams.out, highlight=False, width=PIPED_WIDTH)
         if world.size > 1:
+            console.print(placement_table(where))
             console.print(exchange_table(exchanges(trainer.optimizer)))
         show(trainer, rows, console)
     close_world()
@@ -108,6 +112,22 @@ def show(trainer: Trainer, rows: list[Row], console: Console) -> None:
         console.print(
             f"{len(rows)} parameters and {matrices} orthogonalised matrices: each updated as it should be, once"
         )
+
+
+def placement_table(found: Iterable[Placement]) -> Table:
+    """Which rank holds what of each parameter, and who orthogonalises its matrices."""
+    table = _table("parameter", "rank [start, stop) of the elements", "orthogonalised by", title="Where weights lie")
+    for one in found:
+        parts = [f"{rank} [{start}, {stop})" for rank, start, stop in one.intervals]
+        runs = [(rank, len(list(equal))) for rank, equal in itertools.groupby(one.owners)]
+        owners = [f"{rank} x {number}" if number > 1 else str(rank) for rank, number in runs]
+        table.add_row(one.name, escape(_some(parts)), _some(owners))
+    return table
+
+
+def _some(parts: list[str]) -> str:
+    """All of a few, and the ends of many."""
+    return ", ".join(parts) if len(parts) <= PLACES else f"{', '.join(parts[: PLACES - 1])}, ... {parts[-1]}"
 
 
 def exchange_table(found: Iterable[Exchanged]) -> Table:

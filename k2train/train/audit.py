@@ -23,7 +23,7 @@ from k2train.comm import gather_json
 from k2train.model import Transformer
 from k2train.train.engine import MUON_ROLES
 from k2train.train.errors import RunError
-from k2train.train.state import Experts
+from k2train.train.state import Experts, shapes
 from k2train.train.zero import whole_shape
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def not_once(counts: Counter[tuple[str, int]], optimizer: MuonClip, model: Trans
     if all(group["algorithm"] != "muon" for group in optimizer.param_groups):
         return [] if not counts else [f"{_some(sorted({n for n, _ in counts}))} orthogonalised, but Muon is off"]
     roles = model.parameter_roles()
-    shapes = {n: whole_shape(p) for n, p in model.named_parameters() if roles[n] in MUON_ROLES}
-    expected = {name: shape[0] if len(shape) == 3 else 1 for name, shape in shapes.items()}
+    muon = {n: whole_shape(p) for n, p in model.named_parameters() if roles[n] in MUON_ROLES}
+    expected = {name: shape[0] if len(shape) == 3 else 1 for name, shape in muon.items()}
     labels, mine = [], []  # of all matrices, and how often this rank orthogonalised each
     for name, here in expected.items():
         total, first = (here * experts.size, here * experts.rank) if roles[name] == "expert" else (here, 0)
@@ -168,6 +168,50 @@ def audit(trainer: Trainer) -> list[Row]:
         else:
             rows.append(_element_row(rule, elements.get(rule.name, []), expected=math.prod(rule.shape) * copies))
     return rows
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a parameter lies, and who orthogonalises it, over all ranks and with the experts of all."""
+
+    name: str
+    intervals: tuple[tuple[int, int, int], ...]  # rank, start, stop in the flattened parameter; sorted by start
+    owners: tuple[int, ...]  # the rank of each matrix, in order; empty for AdamW
+
+
+def placements(trainer: Trainer) -> list[Placement]:
+    """Of every parameter; called by all ranks, which get the same.
+
+    Raises:
+        RunError: the ranks do not hold each element once, or a matrix has no owner, or two.
+    """
+    held, owned = [], []
+    for shard in trainer.shards:
+        for piece in shard.pieces:
+            start = trainer.experts.start(piece, expert=trainer.roles[piece.name] == "expert")
+            held.append([piece.name, start, start + piece.stop - piece.start])
+    for tensor, group in trainer.optimizer.tensors():
+        if group["algorithm"] == "muon":
+            for name, number in trainer.optimizer.exchange(tensor, group).owned:
+                here = len(trainer.optimizer.matrix_shapes(name)) if trainer.roles[name] == "expert" else 0
+                owned.append([name, number + trainer.experts.rank * here])
+    intervals: dict[str, list[tuple[int, int, int]]] = {name: [] for name in trainer.roles}
+    owners: dict[str, list[tuple[int, int]]] = {name: [] for name in trainer.roles}
+    for rank, one in enumerate(gather_json({"held": held, "owned": owned})):
+        for name, start, stop in one["held"]:
+            intervals[name].append((rank, start, stop))
+        for name, number in one["owned"]:
+            owners[name].append((number, rank))
+    found, whole = [], shapes(trainer.model, trainer.roles, trainer.experts)
+    for name in trainer.roles:
+        parts, numbered = sorted(intervals[name], key=lambda part: part[1]), sorted(owners[name])
+        edges = [0, *(stop for _, _, stop in parts)]
+        if edges[:-1] != [start for _, start, _ in parts] or edges[-1] != math.prod(whole[name]):
+            raise RunError(f"the ranks do not hold each element of {name} once: (rank, start, stop) {parts}")
+        if [number for number, _ in numbered] != list(range(len(numbered))):
+            raise RunError(f"not every matrix of {name} has one owner: (matrix, rank) {numbered}")
+        found.append(Placement(name, tuple(parts), tuple(rank for _, rank in numbered)))
+    return found
 
 
 def _matrix_row(rule: Rule, found: Sequence[MatrixUpdate], *, expected: int) -> Row:

@@ -126,13 +126,14 @@ class Exchanged:
 def exchanges(optimizer: MuonClip) -> list[Exchanged]:
     """Of each tensor whose matrices are orthogonalised, as this rank sees it; experts of other ranks are in none."""
     found = []
-    for group in optimizer.param_groups:
-        for tensor in group["params"] if group["algorithm"] == "muon" else ():
-            exchange = optimizer.exchange(tensor, group)
-            plan, size = exchange.plan, exchange.dtype.itemsize
-            traffic = tuple(Traffic(*(size * n for n in astuple(rank))) for rank in plan.traffic())
-            role = str(group.get("role", group["algorithm"]))
-            found.append(Exchanged(role, tuple(plan.matrices), len(plan.rounds), tuple(plan.costs), traffic))
+    for tensor, group in optimizer.tensors():
+        if group["algorithm"] != "muon":
+            continue
+        exchange = optimizer.exchange(tensor, group)
+        plan, size = exchange.plan, exchange.dtype.itemsize
+        traffic = tuple(Traffic(*(size * n for n in astuple(rank))) for rank in plan.traffic())
+        role = str(group.get("role", group["algorithm"]))
+        found.append(Exchanged(role, tuple(plan.matrices), len(plan.rounds), tuple(plan.costs), traffic))
     return found
 
 

@@ -25,7 +25,7 @@ def test_two_processes_with_experts_shared_out_and_every_head_clipped(tmp_path):
         f"data.path={ROOT / 'k2train' / 'train'}",
         f"data.cache_dir={tmp_path / 'cache'}",
     ]
-    words += ["data.tokenizer.vocab_size=300", f"runs_dir={tmp_path}", "optim.tau=0.01", "parallel.zero_stage=2"]
+    words += ["data.tokenizer.vocab_size=300", f"runs_dir={tmp_path}", "optim.tau=0.01", "parallel.zero_stage=3"]
     words += ["parallel.expert_parallel=2", "train.micro_batch_size=1", "train.sequence_length=32"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
