@@ -34,9 +34,15 @@ def losses(folder: Path, name: str) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_in_bf16_learns_and_starts_as_one_in_fp32(tmp_path, stage):
-    words = [f"parallel.zero_stage={stage}", "optim.newton_schulz_dtype=bf16", "train.precision=bf16"]
+@pytest.mark.parametrize("offload", ["false", "true"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_in_bf16_learns_and_starts_as_one_in_fp32(tmp_path, stage, offload):
+    words = [
+        f"parallel.zero_stage={stage}",
+        f"parallel.offload_optimizer={offload}",
+        "optim.newton_schulz_dtype=bf16",
+        "train.precision=bf16",
+    ]
     result = k2train(tmp_path, "train", "name=bf16", f"train.device={DEVICE}", *words)
     assert result.returncode == 0, result.stderr
     found = losses(tmp_path, "bf16")

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 
 from k2train.config import ModelConfig
 from k2train.model import ExpertParallel, build_model
-from k2train.model.init import draw, fill
+from k2train.model.init import draw, fill, materialise
 
 
 def test_the_same_at_any_expert_parallel_size(config: ModelConfig) -> None:
@@ -99,3 +100,32 @@ def test_the_scheme_is_fixed() -> None:
 
 
 SCHEME = [-0.3266351, -0.2717130, 0.6141318, -0.3231233]
+
+
+def test_materialised_one_by_one_and_the_same_objects(config: ModelConfig) -> None:
+    whole = dict(build_model(config, seed=3).named_parameters())
+    model = build_model(config, seed=3, device="meta")
+    before = dict(model.named_parameters())
+    for parameter in before.values():
+        parameter.note = "kept"
+    seen, storages = [], []
+
+    def placed(parameter: torch.nn.Parameter) -> None:
+        name = next(name for name, p in before.items() if p is parameter)
+        assert torch.equal(parameter, whole[name])
+        assert parameter.requires_grad
+        assert parameter.is_leaf
+        assert parameter.note == "kept"
+        unmade = [p for n, p in before.items() if n not in seen and n != name]
+        assert all(p.is_meta for p in unmade)
+        assert not any(reference() is not None for reference in storages)  # those before are gone
+        seen.append(name)
+        gone = torch.empty(0)
+        storages.append(weakref.ref(parameter.untyped_storage()))
+        parameter.data = gone  # as ZeRO-3 leaves it
+
+    materialise(model, device="cpu", seed=3, config=config, first_expert=0, placed=placed)
+    assert seen == list(whole)
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert all(moe.gate.e_score_correction_bias.dtype == torch.float32 for _, moe in model.moe_layers())

@@ -373,6 +373,28 @@ def test_every_group_needs_a_layout():
         optimizer.step()
 
 
+def test_a_group_of_several_shards_that_are_stepped_one_by_one():
+    """As ZeRO-3 does: between steps ``params`` are empty, and each shard is put in for its own update."""
+    expected, (params, optimizer) = run_plain_on(None), only_muon()
+    parts = [{name: MATRICES[name] for name in names} for names in (list(MATRICES)[:2], list(MATRICES)[2:])]
+    group, layouts = optimizer.param_groups[0], {}
+    for names in parts:
+        size = sum(math.prod(shape) for shape in names.values())
+        layouts[cut(names, params, 0, size)] = layout(names, (0, size), 0)
+    group["params"] = list(layouts)
+    optimizer.shard(layouts)
+    group["params"] = []
+    for flat, (tensor, its_group) in zip(layouts, optimizer.tensors(), strict=True):
+        assert tensor is flat
+        assert its_group is group
+    for flat, names in zip(layouts, parts, strict=True):
+        flat.grad = cut(names, gradients(0), 0, len(flat))
+        group["params"] = [flat]
+        optimizer.step()
+        group["params"] = []
+    check_equal(expected, list(layouts.items()))
+
+
 def test_steps_of_single_groups_need_gathered_logits():
     optimizer, _, _ = flattened()
     optimizer.param_groups = optimizer.param_groups[:1]
