@@ -102,6 +102,7 @@ def under_deepspeed(_: int) -> None:
                 proof.check(applied=True)
                 assert sum(ours) == matrices(model)
                 assert theirs == []
+                assert all(moe.gate.e_score_correction_bias.dtype == torch.float32 for _, moe in model.moe_layers())
                 assert optimizer.orthogonalized is None  # counts no more
         names = {"DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3"}
         assert {name for name, _ in kinds} == names
