@@ -341,12 +341,13 @@ class Trainer:
         if self.precision == "bf16" and world.device.type == "cpu" and not cpu_multiplies_bfloat16():
             self.say("this CPU has no bfloat16 products: train.precision=fp32 is many times faster here")
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+        offload = " with offload" if parallel.offload_optimizer else ""
         threads = f" of {self.threads} threads" if world.device.type == "cpu" else ""
         attention = self.model.attention_layers()[0][1].backend(self.config.train.sequence_length)
         self.say(
             f"{self.config.name}: {count(total)} parameters, {count(active)} active a token; "
             f"{processes}{threads} on {world.device.type} in {self.precision}, {attention} attention; "
-            f"ZeRO-{parallel.zero_stage}, expert parallelism {parallel.expert_parallel}; "
+            f"ZeRO-{parallel.zero_stage}{offload}, expert parallelism {parallel.expert_parallel}; "
             f"{count(self.dataset.tokens('train'))} training tokens"
         )
 
