@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.layouts import HALF, Layout, Result, Run, every_layout, measure_all
+from tests.distributed.layouts import Result, Run, every_layout, measure_all
+from tests.distributed.plain import HALF, Layout
 
 # Each axis once: processes, expert parallelism, stage, accumulation, overlap, offload, and BF16_Optimizer. The run that
 # moves is stopped half-way in one layout and goes on in another.
