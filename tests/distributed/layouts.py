@@ -296,9 +296,9 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     """Lines of Markdown."""
     yield (
         "| processes | experts over | ZeRO | precision | accumulation | overlap | offload | recomputed | drift "
-        "| worst parameter | loss | held out | flips | orthogonalised |"
+        "| worst parameter | loss | held out | flips | orthogonalised | heads clipped | bad step ignored | held |"
     )
-    yield "| --- " * 14 + "|"
+    yield "| --- " * 17 + "|"
     for r in results:
         layout = r.layout
         low, high = r.orthogonalised
@@ -307,7 +307,8 @@ def table(results: Sequence[Result]) -> Iterator[str]:
             f"| {layout.accumulation} | {'yes' if layout.overlap else ''} | {'yes' if layout.offload else ''} "
             f"| {layout.recompute if layout.recompute != 'none' else ''} "
             f"| {r.drift:.1e} | {r.worst_drift:.1e} | {r.loss:.1e} | {r.held_out:.1e} | {r.flips} "
-            f"| {low if low == high else f'{low} to {high}'} |"
+            f"| {low if low == high else f'{low} to {high}'} | {r.clipped_heads} "
+            f"| {'yes' if r.bad_step_ignored else 'no'} | {f'{r.held[0] / r.held[1]:.2f}' if r.held[0] else ''} |"
         )
 
 
