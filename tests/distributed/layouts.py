@@ -113,19 +113,22 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
     config = dataclasses.replace(config_of(folder, layout), name=run.name)
     settings = engine.deepspeed_config
 
-    def with_overlap(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def changed(*args: Any, **kwargs: Any) -> dict[str, Any]:
         found = settings(*args, **kwargs)
         found["zero_optimization"]["overlap_comm"] = layout.overlap
+        if layout.sub_group_size:
+            found["zero_optimization"]["sub_group_size"] = layout.sub_group_size
         return found
 
     world, partitions = open_world("cpu"), Partitions()
     with (
-        mock.patch.object(engine, "deepspeed_config", with_overlap),
+        mock.patch.object(engine, "deepspeed_config", changed),
         mock.patch.object(zero, "partitioner", partitions.partitioner),
     ):
         paths = RunPaths(folder / "runs" / run.name)
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(config, prepared(folder), world=world, paths=paths, say=lambda text: None)
+    assert (len(trainer.shards) > len(trainer.optimizer.param_groups)) == bool(layout.sub_group_size)
     first, routes = trainer.progress.step, Routes(trainer.model)
     records, held_out, counts = [], expected.held_out, []
     for step in range(first, run.until):

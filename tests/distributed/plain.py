@@ -71,6 +71,7 @@ class Layout:
     overlap: bool = False
     offload: bool = False
     recompute: str = "none"  # of train.activation_checkpointing
+    sub_group_size: int | None = None  # elements, stage 3; DeepSpeed's own is a billion, which makes one of each group
 
 
 @dataclass(frozen=True)

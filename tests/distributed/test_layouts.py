@@ -7,8 +7,8 @@ import pytest
 from tests.distributed.layouts import Result, Run, every_layout, measure_all
 from tests.distributed.plain import HALF, Layout
 
-# Each axis once: processes, expert parallelism, stage, accumulation, overlap, offload, and BF16_Optimizer. The run that
-# moves is stopped half-way in one layout and goes on in another.
+# Each axis once: processes, expert parallelism, stage, accumulation, overlap, offload, BF16_Optimizer, sub-groups. The
+# run that moves is stopped half-way in one layout and goes on in another.
 STAGE_3 = Layout(2, 2, zero_stage=3, overlap=True)
 QUICK = [
     Run(Layout(1, zero_stage=2, accumulation=2), "one"),
@@ -18,7 +18,7 @@ QUICK = [
     Run(STAGE_3, "stopped"),
     Run(STAGE_3, "moved", until=HALF),
     Run(Layout(2, 1, zero_stage=2, offload=True), "moved"),
-    Run(Layout(2, 2, zero_stage=3, recompute="full"), "full"),
+    Run(Layout(2, 2, zero_stage=3, recompute="full", sub_group_size=3000), "sub-groups"),
     Run(Layout(4, 4, offload=True), "four"),
 ]
 
