@@ -325,6 +325,11 @@ class RunConfig:
                 f"model.first_k_dense_replace={self.model.first_k_dense_replace} of "
                 f"model.num_hidden_layers={self.model.num_hidden_layers}: set parallel.expert_parallel=1"
             )
+        if self.parallel.zero_stage == 3 and self.train.compile:
+            yield (
+                "train.compile=true but parallel.zero_stage=3 gathers weights between the operations that would be "
+                "compiled together: set train.compile=false, or parallel.zero_stage=2"
+            )
         if self.schedule.warmup_steps > self.steps:
             yield f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run of {self.steps} steps"
         if self.train.sequence_length > self.model.max_position_embeddings:

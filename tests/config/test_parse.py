@@ -95,6 +95,13 @@ def test_keys_that_contradict_each_other(tiny, key, value, sentence):
     assert any(sentence in fault for fault in faults(tiny, **{key: value}))
 
 
+def test_what_stage_3_cannot_do(tiny):
+    mapping = tiny | {"parallel": tiny["parallel"] | {"zero_stage": 3}}
+    parse(RunConfig, mapping)
+    (fault,) = faults(mapping, train__compile=True)
+    assert fault.startswith("train.compile=true but parallel.zero_stage=3 gathers weights between")
+
+
 def test_other_kinds_of_model_that_contradict_themselves(tiny):
     mapping = copy.deepcopy(tiny)
     mapping["model"] |= {"attention": "gqa", "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": None}
