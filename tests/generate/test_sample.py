@@ -35,7 +35,7 @@ class Successor(torch.nn.Module):
 
     def logits(self, tokens_BT):
         assert not self.training
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         assert tokens_BT.shape[1] <= WINDOW
         self.seen.append(tokens_BT[0].tolist())
         out = torch.zeros(*tokens_BT.shape, PADDED)
