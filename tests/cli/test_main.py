@@ -89,7 +89,7 @@ def test_all_faults_are_told_at_once(capsys):
 
 def test_bad_values_name_the_rule(capsys):
     assert main(["train", "train.micro_batch_size=3", "parallel.zero_stage=7"]) == 2
-    assert errors(capsys) == ["parallel.zero_stage=7 must be at most 2"]
+    assert errors(capsys) == ["parallel.zero_stage=7 must be at most 3"]
     assert main(["train", "train.micro_batch_size=3"]) == 2
     assert "must be a multiple of train.micro_batch_size=3" in errors(capsys)[0]
 
