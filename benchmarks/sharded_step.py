@@ -11,7 +11,8 @@ one barrier to the next, so that waiting counts, and by the processor time of th
 the machine disturbs less.
 
 Both make five steps of Newton-Schulz in float32 with the quintic's coefficients; DeepSpeed's would take bfloat16 or
-float16 on a machine that has them. torch.compile is off. MuonClip's step has QK-Clip in it.
+float16 on a machine that has them. torch.compile is off. MuonClip's step has QK-Clip in it. As DeepSpeed's Muon it has
+two groups, its own and AdamW's; "by role" it has one for each of the seven roles, as in k2train.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ from k2train.train.quiet import without_shm_comm
 from k2train.train.zero import shards
 
 FLOOR = "SGD"
-PAIRS = {"MuonClip": "DeepSpeed's Muon, standard", "MuonClip, Gram": "DeepSpeed's Muon, Gram"}
+PAIRS = {
+    "MuonClip": "DeepSpeed's Muon, standard",
+    "MuonClip, Gram": "DeepSpeed's Muon, Gram",
+    "MuonClip, by role": "DeepSpeed's Muon, standard",
+}
 Step = Callable[[int], object]
 
 
@@ -64,17 +69,23 @@ def contestants(config: ModelConfig, settings: dict[str, Any]) -> dict[str, Any]
         params = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "ns_method": method, "torch_adam": True}
         name = f"DeepSpeed's Muon, {'Gram' if method == 'gram' else method}"
         found[name] = engine_of(model(), None, settings | {"optimizer": {"type": "Muon", "params": params}})
-    for gram in (False, True):
+    for name, by_role, gram in (
+        ("MuonClip", False, False),
+        ("MuonClip, Gram", False, True),
+        ("MuonClip, by role", True, False),
+    ):
         own = model()
-        groups = split_parameters(own.named_parameters(), own.parameter_roles())
+        roles = own.parameter_roles()
+        algorithms = {role: "muon" if role in MUON_ROLES else "adamw" for role in roles.values()}
+        kinds = roles if by_role else {parameter: algorithms[role] for parameter, role in roles.items()}
+        groups = split_parameters(own.named_parameters(), kinds)
         for group in groups:
-            group["algorithm"] = "muon" if group["role"] in MUON_ROLES else "adamw"
+            group["algorithm"] = algorithms.get(group["role"], group["role"])
         clip = QKClip(own.attention_layers(), tau=100.0)
         optimizer = MuonClip(groups, lr=1e-3, newton_schulz_gram=gram, qk_clip=clip)
-        engine = engine_of(own, optimizer, settings)
+        engine = found[name] = engine_of(own, optimizer, settings)
         names = {parameter: name for name, parameter in own.named_parameters()}
         optimizer.shard({shard.flat: shard.layout for shard in shards(engine.optimizer, names)})
-        found["MuonClip, Gram" if gram else "MuonClip"] = engine
     return found
 
 
