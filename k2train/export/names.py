@@ -22,7 +22,10 @@ _EXPERT = re.compile(r"model\.(layers\.\d+\.mlp\.experts)\.(0|[1-9]\d*)\.(gate_p
 _HEAD = "lm_head.weight"
 _PREFIX = "model."
 # How each other tensor's name begins, without the prefix.
-_OTHERS = re.compile(r"(embed_tokens|norm|layers\.\d+)\.(?!mlp\.experts\.).+")
+_OTHERS = re.compile(
+    r"(embed_tokens|norm|layers\.(0|[1-9]\d*)\.(?!mlp\.experts\.)\w+(\.\w+){0,2})\.weight"
+    r"|layers\.(0|[1-9]\d*)\.mlp\.gate\.e_score_correction_bias"
+)
 
 
 class Place(NamedTuple):
@@ -71,7 +74,8 @@ def own_place(name: str) -> Place:
     if own != name and _OTHERS.fullmatch(own):
         return Place(own)
     raise ValueError(
-        f"{name} is no tensor of the released layout, where names are {_HEAD}, {_PREFIX}embed_tokens.weight, "
+        f"{name} is no tensor of the released layout in bf16 or fp32 (an fp8 release has scales beside its weights: "
+        f"dequantise it first), where names are {_HEAD}, {_PREFIX}embed_tokens.weight, "
         f"{_PREFIX}norm.weight and {_PREFIX}layers.N..., with experts as mlp.experts.E.gate_proj.weight"
     )
 

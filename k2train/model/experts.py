@@ -172,8 +172,9 @@ def routed_experts(
     Returns:
         [N, D].
     """
-    # grouped_mm on a GPU takes bf16 whose rows are multiples of 16 bytes.
-    if x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and w1.shape[1] % 8 == 0 and w1.shape[2] % 8 == 0:
+    # grouped_mm on a GPU takes bf16 whose rows are multiples of 16 bytes. There is no row where nobody is chosen.
+    aligned = w1.shape[1] % 8 == 0 and w1.shape[2] % 8 == 0
+    if x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and aligned and len(x_ND):
         return _grouped(x_ND, index_NK, weights_NK, w1, w3, w2, loads_E, recompute=recompute)
     order_M, _ = sorted_order(index_NK.flatten())
     out: Tensor = _ExpertLoop.apply(x_ND, weights_NK, w1, w3, w2, order_M, loads_E.tolist())  # type: ignore[no-untyped-call]

@@ -31,25 +31,34 @@ class _Spread(torch.autograd.Function):
         # Gathers and sums: deterministic, where index_add on a GPU is not.
         (place_M,) = ctx.saved_tensors
         rows = grad.index_select(0, place_M)
-        return (rows if len(rows) == ctx.tokens else rows.view(ctx.tokens, -1, rows.shape[-1]).sum(1)), None, None
+        if len(rows) != ctx.tokens:
+            rows = rows.view(ctx.tokens, len(rows) // ctx.tokens, rows.shape[1]).sum(1)
+        return rows, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_MD: Tensor, weights_NK: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:
         ctx.save_for_backward(y_MD, weights_NK, order_M, place_M)
-        N, K = weights_NK.shape
-        rows_NKD = y_MD.index_select(0, place_M).view(N, K, -1)
-        wide = torch.promote_types(y_MD.dtype, weights_NK.dtype)
-        return torch.bmm(weights_NK[:, None].to(wide), rows_NKD.to(wide)).squeeze(1).to(y_MD.dtype)
+        rows_NKD = _by_token(y_MD, weights_NK, place_M)
+        return torch.bmm(weights_NK[:, None].to(rows_NKD.dtype), rows_NKD).squeeze(1).to(y_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_MD, weights_NK, order_M, place_M = ctx.saved_tensors
-        grad_MD = grad.index_select(0, order_M // weights_NK.shape[1])
-        grad_weights = torch.linalg.vecdot(y_MD, grad_MD).to(weights_NK.dtype).index_select(0, place_M)
-        weights_M1 = weights_NK.flatten().index_select(0, order_M)[:, None].to(grad.dtype)
-        return grad_MD.mul_(weights_M1), grad_weights.view_as(weights_NK), None, None
+        rows_NKD = _by_token(y_MD, weights_NK, place_M)
+        wide_ND = grad.to(rows_NKD.dtype)
+        grad_weights = torch.bmm(rows_NKD, wide_ND[..., None]).squeeze(2).to(weights_NK.dtype)
+        weights_M1 = weights_NK.flatten().index_select(0, order_M)[:, None]
+        grad_MD = wide_ND.index_select(0, order_M // weights_NK.shape[1]).mul_(weights_M1)
+        return grad_MD.to(y_MD.dtype), grad_weights, None, None
+
+
+def _by_token(y_MD: Tensor, weights_NK: Tensor, place_M: Tensor) -> Tensor:
+    """The rows of each token [N, K, D], as wide as its weights: rounding those would tilt a row as a whole."""
+    N, K = weights_NK.shape
+    rows_MD = y_MD.index_select(0, place_M).to(torch.promote_types(y_MD.dtype, weights_NK.dtype))
+    return rows_MD.view(N, K, y_MD.shape[1])
 
 
 def spread(x_ND: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import k2train.model.block_attention  # noqa: F401  makes its operator known
 
 Result = TypeVar("Result")
+MODES = ("none", "selective", "full")
 aten = torch.ops.aten
 ATTENTION_KERNELS = (
     torch.ops.k2train.block_attention.default,

@@ -22,7 +22,7 @@ from k2train.model.loss import cross_entropy
 from k2train.model.mlp import MLP
 from k2train.model.moe import MoE
 from k2train.model.norm import RMSNorm
-from k2train.model.recompute import recomputed, recomputed_around_attention
+from k2train.model.recompute import MODES, recomputed, recomputed_around_attention
 from k2train.model.rope import rope_frequencies, rope_table
 from k2train.model.router import Router
 
@@ -166,7 +166,12 @@ class Transformer(nn.Module):
 
         Args:
             mode: none; selective: what takes much memory and little work (see ``recompute``); full: all of a layer.
+
+        Raises:
+            ValueError: there is no such mode.
         """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
         for module in self.modules():
             if isinstance(module, Block):
                 module.checkpointing = mode

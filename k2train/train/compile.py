@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch._dynamo.utils import counters
 
+from k2train.comm import together
 from k2train.model import Transformer, compile_parts
 from k2train.train.errors import RunError
 
@@ -13,19 +14,22 @@ class Compiled:
     """A model whose parts are compiled, and the proof of it: torch.compile may do nothing without a word."""
 
     def __init__(self, model: Transformer, *, device: torch.device, backend: str = "inductor") -> None:
-        """Compiles something small, then has the model's parts compiled when they are first called.
+        """Compiles something small, then has the model's parts compiled when they are first called; by all ranks.
 
         Raises:
             RunError: nothing can be compiled here; the sentence says what torch wants.
+            FailedTogether: on another rank.
         """
-        try:
-            torch.compile(_small, backend=backend, fullgraph=True)(torch.zeros(8, device=device))
-        except RuntimeError as error:  # what torch.compile raises derives from it
-            reason = str(error).split("\n")[0]
-            raise RunError(
-                f"train.compile=true but torch.compile does not work here ({reason}): it needs a C++ compiler such "
-                "as g++ (or the one that CXX names) and TORCH_COMPILE_DISABLE unset; or set train.compile=false"
-            ) from error
+        with together():
+            try:
+                torch.compile(_small, backend=backend, fullgraph=True)(torch.zeros(8, device=device))
+            except RuntimeError as error:  # what torch.compile raises derives from it
+                reason = str(error).split("\n")[0]
+                needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler such as g++, or CXX,"
+                raise RunError(
+                    f"train.compile=true but torch.compile does not work here ({reason}): it needs {needed} and "
+                    "TORCH_COMPILE_DISABLE unset; or set train.compile=false"
+                ) from error
         compile_parts(model, backend=backend)
         self._before = _graphs()
 

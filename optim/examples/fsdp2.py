@@ -3,11 +3,13 @@
     torchrun --standalone --nproc_per_node 2 optim/examples/fsdp2.py
 
 FSDP2 cuts each parameter along its first dimension (``Shard(0)``): a rank holds some of its rows, one interval of the
-flattened parameter. That is all a ``FlatLayout`` wants to know. No rank ever holds a whole gradient or momentum.
+flattened parameter. That is all a ``FlatLayout`` wants to know. Between steps no rank holds a whole gradient or
+momentum.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ class ShardedUpdates:
             for rank in range(mesh.size()):
                 offset = 0
                 for name, p in given["params"]:
-                    rows, row = -(-p.shape[0] // mesh.size()), p[0].numel()  # as torch.chunk cuts: the last get fewer
+                    rows = -(-p.shape[0] // mesh.size())  # as torch.chunk cuts: the last get fewer
+                    row = math.prod(p.shape[1:])
                     start, stop = (min(edge * rows, p.shape[0]) * row for edge in (rank, rank + 1))
                     if start < stop:
                         pieces[rank].append(Piece(name, tuple(p.shape), start, stop, offset))

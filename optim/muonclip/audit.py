@@ -184,7 +184,8 @@ class StepAudit:
         for piece in self._pieces(tensor):
             if (scales := self._optimizer.clip_scales(piece.name)) is not None:
                 interval = after[piece.offset : piece.offset + piece.stop - piece.start]
-                scale_rows_(interval, 1 / scales.double(), start=piece.start, columns=math.prod(piece.shape[1:]))
+                inverse = 1 / scales.to(after.device, torch.float64)  # shards may lie on the CPU (offload)
+                scale_rows_(interval, inverse, start=piece.start, columns=math.prod(piece.shape[1:]))
         kept = self._before[tensor].double() * (1 - group["lr"] * group["weight_decay"])
         update: Tensor = (kept - after.view_as(kept)) / group["lr"]
         return update

@@ -144,8 +144,13 @@ class MuonClip(torch.optim.Optimizer):
         self.state.clear()
         self._layouts, self._exchanges, self._group_of = {}, {}, {}
         for number, group in enumerate(self.param_groups):
-            if not group["params"] or any(flat not in layouts for flat in group["params"]):
-                raise ValueError("every group must hold flat tensors that have layouts")
+            lacking = [list(flat.shape) for flat in group["params"] if flat not in layouts]
+            if lacking or not group["params"]:
+                raise ValueError(
+                    f"every group must hold flat tensors that have layouts, but group {number} has "
+                    f"{f'tensors of shapes {lacking} without one' if lacking else 'no tensor'}: "
+                    "put its shards into its params, and give shard() a FlatLayout for each"
+                )
             for flat in group["params"]:
                 self._group_of[flat] = number
         for flat, group in self.tensors():

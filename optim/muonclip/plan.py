@@ -259,5 +259,9 @@ def _matrices(pieces_by_rank: Sequence[Sequence[Piece]], split: Mapping[str, Seq
         matrix.parts.sort(key=lambda part: part.start)
         edges = [0, *(part.stop for part in matrix.parts)]
         if edges[:-1] != [part.start for part in matrix.parts] or edges[-1] != matrix.rows * matrix.columns:
-            raise ValueError(f"the pieces of matrix {number} of {name} do not cover it once: {edges}")
+            held = ", ".join(f"rank {part.rank} [{part.start}, {part.stop})" for part in matrix.parts)
+            raise ValueError(
+                f"the pieces of matrix {number} of {name} must cover its {matrix.rows * matrix.columns} elements once, "
+                f"but the layout says: {held}"
+            )
     return [found[key] for key in sorted(found)]

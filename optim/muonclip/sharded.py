@@ -62,7 +62,9 @@ def plan_exchanges(works: Sequence[Work], split: Mapping[str, Sequence[int]]) ->
 
 
 def _global_ranks(layout: FlatLayout) -> list[int]:
-    return [0] if len(layout.pieces_by_rank) == 1 else dist.get_process_group_ranks(layout.group)
+    if len(layout.pieces_by_rank) == 1:
+        return [dist.get_rank() if dist.is_initialized() else 0]
+    return dist.get_process_group_ranks(layout.group)
 
 
 class Exchange:
@@ -137,7 +139,7 @@ class Passage:
 
     def work(self, function: Function) -> None:
         """Applies a function to the matrices that this rank owns: those that lie here, then round by round."""
-        self._apply(function, self._local, [self._flat(self._values, m.parts[0]) for m in self._local])
+        self._apply(function, self._local, [self._whole(m) for m in self._local])
         for number, round_ in enumerate(self._rounds):
             whole = self._assemble(round_)
             self._arriving = self._collect(number + 1)
@@ -180,6 +182,11 @@ class Passage:
                 if part.rank == self._rank:
                     whole[id(matrix)][part.start : part.stop] = self._flat(self._values, part)
         return list(whole.values())
+
+    def _whole(self, matrix: Matrix) -> Tensor:
+        """A matrix that lies here, mostly in one part."""
+        parts = [self._flat(self._values, part) for part in matrix.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _apply(self, function: Function, matrices: Sequence[Matrix], flat: Sequence[Tensor]) -> list[Tensor]:
         """Results, flat; what of them belongs to this rank is put in its place."""

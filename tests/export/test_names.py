@@ -88,6 +88,9 @@ def test_single_names(name: str, place: Place) -> None:
         "model.layers.1.mlp.experts.01.up_proj.weight",
         "model.layers.1.mlp.experts.1.up_proj.weight_scale_inv",  # of 8-bit weights
         "model.layers.x.input_layernorm.weight",
+        "model.layers.01.input_layernorm.weight",
+        "model.layers.1.self_attn.o_proj.weight_scale_inv",
+        "model.norm.bias",
     ],
 )
 def test_what_is_not_of_the_released_layout(name: str) -> None:

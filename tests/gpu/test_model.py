@@ -9,6 +9,7 @@ from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
 from k2train.config import RunConfig, parse
 from k2train.model import build_model, experts
+from k2train.model.recompute import MODES
 
 DEVICE = "cuda"
 pytestmark = [
@@ -17,32 +18,43 @@ pytestmark = [
 ]
 
 
-def build():
-    config = parse(RunConfig, compose(TRAIN, ["model=nano", "model.vocab_size=64", "model.initializer_range=0.1"]))
+def build(name="nano"):
+    words = [f"model={name}", "model.vocab_size=64", "model.initializer_range=0.1"]
+    config = parse(RunConfig, compose(TRAIN, words))
     return build_model(config.model, seed=0, device="cpu")
 
 
-def forward_backward(model, tokens):
-    loss_BT, balance = model(tokens, tokens.roll(-1, 1))
+def forward_backward(model, tokens, starts=None):
+    loss_BT, balance = model(tokens, tokens.roll(-1, 1), starts)
     (loss_BT.mean() + balance).backward()
     maxima = torch.stack([layer.max_logits for _, layer in model.attention_layers()])
     return loss_BT.detach().float().cpu(), maxima.cpu(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
 
 
-def test_fp32_gives_the_loss_maxima_and_gradients_of_a_cpu():
-    model, tokens = build(), torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(0))
-    loss, maxima, grads = forward_backward(copy.deepcopy(model).to(DEVICE), tokens.to(DEVICE))
-    expected_loss, expected_maxima, expected = forward_backward(model, tokens)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("name", ["nano", "small-gqa"])
+def test_fp32_gives_the_loss_maxima_and_gradients_of_a_cpu(name, documents, mode):
+    model, tokens = build(name), torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(0))
+    starts = torch.where(torch.arange(200) < 70, 0, 70).repeat(2, 1) if documents else None
+    on_gpu = copy.deepcopy(model).to(DEVICE)
+    on_gpu.checkpoint_activations(mode)
+    found_starts = None if starts is None else starts.to(DEVICE)
+    loss, maxima, grads = forward_backward(on_gpu, tokens.to(DEVICE), found_starts)
+    expected_loss, expected_maxima, expected = forward_backward(model, tokens, starts)
     torch.testing.assert_close(loss, expected_loss, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(maxima, expected_maxima, atol=1e-3, rtol=1e-4)
     for name, grad in expected.items():
         torch.testing.assert_close(grads[name], grad, atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_bf16_is_near():
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16_is_near(mode):
     """Single tokens may go to other experts, so that only the mean is held."""
     model, tokens = build(), torch.randint(64, (2, 200), generator=torch.Generator().manual_seed(0))
-    loss, _, grads = forward_backward(copy.deepcopy(model).to(DEVICE, torch.bfloat16), tokens.to(DEVICE))
+    on_gpu = copy.deepcopy(model).to(DEVICE, torch.bfloat16)
+    on_gpu.checkpoint_activations(mode)
+    loss, _, grads = forward_backward(on_gpu, tokens.to(DEVICE))
     expected_loss, _, _ = forward_backward(model, tokens)
     assert loss.mean() == pytest.approx(float(expected_loss.mean()), abs=0.05)
     assert all(grad.isfinite().all() for grad in grads.values())

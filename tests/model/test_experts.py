@@ -43,7 +43,7 @@ def differentiated(function, tensors):
     """The output, and the gradients of tokens, routing weights and experts' weights."""
     out = function(*tensors)
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
     grads = torch.autograd.grad(out, wanted, probe, allow_unused=True)
     return [out, *(torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True))]
 
@@ -103,6 +103,31 @@ def test_second_backward_gives_the_same() -> None:
     first = torch.autograd.grad(out, (x, scores, w1, w3, w2), retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(out, (x, scores, w1, w3, w2)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_permutation_of_no_token_at_all(dtype: torch.dtype) -> None:
+    """A process may have no row, and yet all of its group must meet in both passes."""
+    x, index, scores, *_ = inputs([], dtype=dtype)
+    order, place = sorted_order(index.flatten())
+    out, *grads = differentiated(lambda x, s: combine(spread(x, order, place), s, order, place), (x, scores))
+    assert out.shape == grads[0].shape == (0, D)
+    assert grads[1].shape == (0, 2)
+
+
+def test_combine_in_bf16_rounds_neither_weights_nor_their_gradients() -> None:
+    generator = torch.Generator().manual_seed(3)
+    y = torch.randn(40, 256, generator=generator).bfloat16().requires_grad_()
+    weights = torch.rand(20, 2, generator=generator).requires_grad_()
+    order, place = sorted_order(torch.randint(E, (40,), generator=generator))
+    exact = [y.detach().double().requires_grad_(), weights.detach().double().requires_grad_()]
+    found = differentiated(lambda y, w: combine(y, w, order, place), (y, weights))
+    expected = differentiated(lambda y, w: (y[place].view(20, 2, -1) * w[..., None]).sum(1), exact)
+    for got, wanted, tolerance in zip(found, expected, (4e-3, 4e-3, 1e-6), strict=True):
+        assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
+    # A row's own scale is the weight's, not the nearest bf16: its errors have no common sign.
+    bias = (found[1].double() / expected[1]).nanmean(1) - 1
+    assert bias.abs().max() <= 1e-3  # with rounded weights up to 4e-3
 
 
 def test_spread_and_combine_against_plain_indexing() -> None:

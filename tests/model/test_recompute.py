@@ -60,6 +60,11 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
+def test_an_unknown_mode_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="mode is 'selectiv', but must be one of none, selective, full"):
+        make_model().checkpoint_activations("selectiv")
+
+
 @pytest.mark.parametrize("backend", ["block", "flash_cpu", "math"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_choice_gives_the_same_bits(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from muonclip import FlatLayout, MuonClip, Piece, QKClip, newton_schulz
 from muonclip.audit import exchanges
 from muonclip.optimizer import muon_updates
@@ -322,10 +323,32 @@ def test_each_block_of_a_split_parameter_is_orthogonalised_once(monkeypatch):
     check_equal(params, [(flat, whole)])
     held = list(whole.pieces_by_rank[0])
     held[0] = dataclasses.replace(held[0], stop=59)
-    with pytest.raises(ValueError, match="matrix 1 of a do not cover it once"):
+    with pytest.raises(ValueError, match=r"matrix 1 of a must cover its .* elements once, but the layout says: rank 0"):
         optimizer.shard({flat: dataclasses.replace(whole, pieces_by_rank=(tuple(held),))})
     blocks = [(2, 10), (4, 10), (7, 3), (4, 6), (4, 6), *[(1, 6), (3, 6)] * 3]
     assert sorted(calls) == sorted(blocks)
+
+
+def test_a_matrix_may_lie_in_two_pieces_on_its_rank():
+    """With padding between them; the elements need not even be in order."""
+    plain, alone = only_muon()
+    for name, grad in gradients(0).items():
+        plain[name].grad = grad
+    alone.step()
+    params, optimizer = only_muon()
+    whole = layout(MATRICES, (0, 201), 0)
+    (held,) = whole.pieces_by_rank
+    first = held[0]  # of a, 60 elements; its second half goes to the end
+    halves = dataclasses.replace(first, stop=30), dataclasses.replace(first, start=30, offset=205)
+    flat, grad = (F.pad(cut(MATRICES, values, 0, 201), (0, 34)) for values in (params, gradients(0)))
+    for values in (flat, grad):
+        values[205:235] = values[30:60]
+    flat.grad = grad
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.shard({flat: dataclasses.replace(whole, pieces_by_rank=((*halves, *held[1:]),))})
+    optimizer.step()
+    found = torch.cat((flat[:30], flat[205:235]))
+    torch.testing.assert_close(found, plain["a"].detach().flatten(), atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -352,8 +375,8 @@ def replaced(its_layout: FlatLayout, number: int, **changes) -> FlatLayout:
         (0, {}, "a is in no layout: it would never be trained"),
         (0, {"name": "z"}, "gives z the shape .* but it is no parameter of this optimizer"),
         (0, {"shape": (10, 6)}, r"gives a the shape \(10, 6\), but it is \(6, 10\)"),
-        (0, {"stop": 59}, "pieces of matrix 0 of a do not cover it once"),
-        (2, {"start": 1}, "pieces of matrix 0 of experts do not cover it once"),
+        (0, {"stop": 59}, "pieces of matrix 0 of a must cover its 60 elements once"),
+        (2, {"start": 1}, "pieces of matrix 0 of experts must cover its 24 elements once"),
         (3, {"offset": 160}, "past the end of a shard of 201 elements"),
     ],
 )
@@ -365,7 +388,7 @@ def test_a_layout_that_does_not_fit_is_refused(number, changes, message):
 
 def test_every_group_needs_a_layout():
     optimizer, flats, layouts = flattened()
-    with pytest.raises(ValueError, match="every group must hold flat tensors that have layouts"):
+    with pytest.raises(ValueError, match=r"group 1 has tensors of shapes .* without one: put its shards"):
         optimizer.shard({flats[0]: layouts[0]})
     optimizer, flats, layouts = flattened()
     optimizer.param_groups[1]["params"] = [torch.zeros(63)]  # replaced again, after shard()
