@@ -8,7 +8,7 @@ w3 (up) [E, I, D], w2 (down) [E, D, I].
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,6 @@ from k2train.model.recompute import recomputed
 
 # oneDNN prepares a bf16 product anew for each number of rows that it has not met, which takes longer than the product.
 BF16_ROWS = 32
-
-
-class _Rows(NamedTuple):
-    """One expert's part."""
-
-    expert: int
-    place: slice  # among all rows
-    token: Tensor
-    weight: Tensor  # [rows, 1]
 
 
 def _row_multiple(x: Tensor) -> int:
@@ -44,17 +35,22 @@ def _padded(order_M: Tensor, loads: Sequence[int], *, multiple: int) -> tuple[Te
     return torch.cat(padded), sizes
 
 
-def _rows(slot_R: Tensor, sizes: Sequence[int], weights_NK: Tensor) -> Iterator[_Rows]:
-    """The experts that have rows. Padding is the last token with weight 0."""
+def _by_expert(
+    slot_R: Tensor, sizes: list[int], weights_NK: Tensor, *, rows: Sequence[Tensor], stacks: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Of each expert that has rows: its tokens, their weights [rows, 1], and its part of ``rows`` and of ``stacks``.
+
+    Padding is the last token with weight 0. All is cut at once, since views cost as much as small products.
+    """
     M, K = weights_NK.numel(), weights_NK.shape[1]
     token_R = slot_R.clamp(max=M - 1) // K
     weight_R1 = F.pad(weights_NK.flatten(), (0, 1)).index_select(0, slot_R)[:, None]
-    start = 0
-    for expert, size in enumerate(sizes):
-        place = slice(start, start + size)
-        start += size
-        if size:
-            yield _Rows(expert, place, token_R[place], weight_R1[place])
+    parts = zip(
+        *(torch.split(tensor, sizes) for tensor in (token_R, weight_R1, *rows)),
+        *(stack.unbind() for stack in stacks),
+        strict=True,
+    )
+    return (part for part in parts if len(part[0]))
 
 
 class _ExpertLoop(torch.autograd.Function):
@@ -78,11 +74,12 @@ class _ExpertLoop(torch.autograd.Function):
         slot_R, sizes = _padded(order_M, loads, multiple=_row_multiple(x_ND))
         gate_RI, up_RI = (x_ND.new_empty(len(slot_R), w1.shape[1]) for _ in range(2))
         out_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-        for e, place, token, weight in _rows(slot_R, sizes, weights_NK):
+        parts = _by_expert(slot_R, sizes, weights_NK, rows=(gate_RI, up_RI), stacks=(w1, w3, w2))
+        for token, weight, gate, up, gate_proj, up_proj, down_proj in parts:
             x = x_ND.index_select(0, token)
-            torch.mm(x, w1[e].t(), out=gate_RI[place])
-            torch.mm(x, w3[e].t(), out=up_RI[place])
-            y = torch.mm(F.silu(gate_RI[place]).mul_(up_RI[place]), w2[e].t())
+            torch.mm(x, gate_proj.t(), out=gate)
+            torch.mm(x, up_proj.t(), out=up)
+            y = torch.mm(F.silu(gate).mul_(up), down_proj.t())
             out_ND.index_add_(0, token, y.to(out_ND.dtype).mul_(weight))
         ctx.save_for_backward(x_ND, weights_NK, w1, w3, w2, slot_R, gate_RI, up_RI)
         ctx.sizes = sizes
@@ -97,24 +94,21 @@ class _ExpertLoop(torch.autograd.Function):
         for e, size in enumerate(ctx.sizes):
             if not size:
                 grad_w1[e], grad_w3[e], grad_w2[e] = 0.0, 0.0, 0.0
-        for e, place, token, weight in _rows(slot_R, ctx.sizes, weights_NK):
-            x, grad, gate, up = (
-                x_ND.index_select(0, token),
-                grad_ND.index_select(0, token),
-                gate_RI[place],
-                up_RI[place],
-            )
+        rows, stacks = (gate_RI, up_RI, grad_weight_R), (w1, w3, w2, grad_w1, grad_w3, grad_w2)
+        parts = _by_expert(slot_R, ctx.sizes, weights_NK, rows=rows, stacks=stacks)
+        for token, weight, gate, up, grad_weight, gate_proj, up_proj, down_proj, to_gate, to_up, to_down in parts:
+            x, grad = x_ND.index_select(0, token), grad_ND.index_select(0, token)
             activated = F.silu(gate)
-            hidden, grad_hidden = activated * up, torch.mm(grad, w2[e])
-            grad_weight_R[place] = torch.linalg.vecdot(hidden.to(weight.dtype), grad_hidden.to(weight.dtype))
+            hidden, grad_hidden = activated * up, torch.mm(grad, down_proj)
+            torch.linalg.vecdot(hidden.to(weight.dtype), grad_hidden.to(weight.dtype), out=grad_weight)
             hidden.mul_(weight)
             grad_hidden.mul_(weight)
-            torch.mm(grad.t(), hidden, out=grad_w2[e])
+            torch.mm(grad.t(), hidden, out=to_down)
             grad_up = activated.mul_(grad_hidden)
             grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-            torch.mm(grad_gate.t(), x, out=grad_w1[e])
-            torch.mm(grad_up.t(), x, out=grad_w3[e])
-            grad_x = torch.mm(grad_gate, w1[e]).addmm_(grad_up, w3[e])
+            torch.mm(grad_gate.t(), x, out=to_gate)
+            torch.mm(grad_up.t(), x, out=to_up)
+            grad_x = torch.mm(grad_gate, gate_proj).addmm_(grad_up, up_proj)
             grad_x_ND.index_add_(0, token, grad_x.to(grad_x_ND.dtype))
         grad_weights = weights_NK.new_empty(weights_NK.numel() + 1).index_copy_(0, slot_R, grad_weight_R)[:-1]
         return grad_x_ND.to(x_ND.dtype), grad_weights.view_as(weights_NK), grad_w1, grad_w3, grad_w2, None, None
