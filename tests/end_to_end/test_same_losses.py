@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(runner):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runner):
-    settings = (*LIVELY, "checkpoint.every=10")
+    settings = (*LIVELY, "model.num_experts_per_tok=8", "checkpoint.every=10")  # as above
     first = runner.run("elastic", *settings, "parallel.expert_parallel=2", processes=2)
     assert first.returncode == 0, first.stderr
     # Forget what came after step 10, as if the two processes had been killed there.
