@@ -160,9 +160,9 @@ def audit(trainer: Trainer) -> list[Row]:
             matrices.setdefault(values["name"], []).append(MatrixUpdate(**values))
         for values in rank["elements"]:
             elements.setdefault(values["name"], []).append(ElementUpdate(**values))
-    rows, order = [], {name: place for place, name in enumerate(trainer.roles)}
+    rows, order = [], {name: place for place, name in enumerate(trainer.state.roles)}
     for rule in sorted(rules(optimizer), key=lambda rule: order[rule.name]):
-        copies = trainer.experts.size if trainer.roles[rule.name] == "expert" else 1
+        copies = trainer.state.experts.size if trainer.state.roles[rule.name] == "expert" else 1
         if rule.algorithm == "muon":
             rows.append(_matrix_row(rule, matrices.get(rule.name, []), expected=len(rule.matrices) * copies))
         else:
@@ -186,24 +186,24 @@ def placements(trainer: Trainer) -> list[Placement]:
         RunError: the ranks do not hold each element once, or a matrix has no owner, or two.
     """
     held, owned = [], []
-    for shard in trainer.shards:
+    for shard in trainer.state.held:
         for piece in shard.pieces:
-            start = trainer.experts.start(piece, expert=trainer.roles[piece.name] == "expert")
+            start = trainer.state.experts.start(piece, expert=trainer.state.roles[piece.name] == "expert")
             held.append([piece.name, start, start + piece.stop - piece.start])
     for tensor, group in trainer.optimizer.tensors():
         if group["algorithm"] == "muon":
             for name, number in trainer.optimizer.exchange(tensor, group).owned:
-                here = len(trainer.optimizer.matrix_shapes(name)) if trainer.roles[name] == "expert" else 0
-                owned.append([name, number + trainer.experts.rank * here])
-    intervals: dict[str, list[tuple[int, int, int]]] = {name: [] for name in trainer.roles}
-    owners: dict[str, list[tuple[int, int]]] = {name: [] for name in trainer.roles}
+                here = len(trainer.optimizer.matrix_shapes(name)) if trainer.state.roles[name] == "expert" else 0
+                owned.append([name, number + trainer.state.experts.rank * here])
+    intervals: dict[str, list[tuple[int, int, int]]] = {name: [] for name in trainer.state.roles}
+    owners: dict[str, list[tuple[int, int]]] = {name: [] for name in trainer.state.roles}
     for rank, one in enumerate(gather_json({"held": held, "owned": owned})):
         for name, start, stop in one["held"]:
             intervals[name].append((rank, start, stop))
         for name, number in one["owned"]:
             owners[name].append((number, rank))
-    found, whole = [], shapes(trainer.model, trainer.roles, trainer.experts)
-    for name in trainer.roles:
+    found, whole = [], shapes(trainer.model, trainer.state.roles, trainer.state.experts)
+    for name in trainer.state.roles:
         parts, numbered = sorted(intervals[name], key=lambda part: part[1]), sorted(owners[name])
         edges = [0, *(stop for _, _, stop in parts)]
         if edges[:-1] != [start for _, start, _ in parts] or edges[-1] != math.prod(whole[name]):

@@ -7,14 +7,17 @@ step, and the run draws no random numbers after the weights' start.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
 
+import deepspeed
 import torch
-from muonclip import MuonClip
+from muonclip import MuonClip, QKClip
 from muonclip.plan import Piece
 
 from k2train.checkpoint import Checkpoint, CheckpointError, Interval
 from k2train.model import Transformer
+from k2train.train import zero
 from k2train.train.zero import Shard, whole_shape
 
 
@@ -43,6 +46,80 @@ class Experts:
     def shape(self, shape: tuple[int, ...], *, expert: bool) -> tuple[int, ...]:
         """The global shape of a parameter of this rank's ``shape``."""
         return (shape[0] * self.size, *shape[1:]) if expert else shape
+
+
+class Stateful(Protocol):
+    """A part of the run that remembers something from step to step, fit for JSON."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+
+
+@dataclass
+class RunState:
+    """The parts of a run that a checkpoint holds."""
+
+    model: Transformer
+    engine: deepspeed.DeepSpeedEngine
+    optimizer: MuonClip
+    clip: QKClip
+    held: list[Shard]  # of masters and momenta by this rank
+    experts: Experts
+    dataset: str  # its fingerprint
+    vocab_size: int
+    progress: Progress = field(default_factory=Progress)
+    hooks: Mapping[str, Stateful] = field(default_factory=dict)  # by name
+
+    def __post_init__(self) -> None:
+        """Asks the model once what each parameter is for."""
+        self.roles = self.model.parameter_roles()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of every parameter and router bias."""
+        return shapes(self.model, self.roles, self.experts)
+
+    def intervals(self, *, buffers: bool) -> list[Interval]:
+        """What this rank writes of the global tensors; ``buffers`` are the same everywhere and one rank's to write."""
+        found = list(intervals(self.held, self.optimizer, self.roles, self.experts))
+        if buffers:
+            found += [Interval(name, "buffer", 0, bias) for name, bias in router_biases(self.model)]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """All else that decides the future, fit for JSON."""
+        return {
+            "progress": asdict(self.progress) | {"max_logit": repr(self.progress.max_logit)},
+            "optimizer_steps": optimizer_steps(self.optimizer),
+            "qk_clip": {name: scales.tolist() for name, scales in self.clip.state_dict().items()},
+            "vocab_size": self.vocab_size,
+            "dataset": self.dataset,
+            "hooks": {name: hook.state_dict() for name, hook in self.hooks.items()},
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Becomes what the checkpoint holds, in place.
+
+        Raises:
+            CheckpointError: it is of another model; found before anything is written.
+        """
+        saved = checkpoint.manifest.state
+        load_intervals(checkpoint, self.held, self.optimizer, self.model, self.roles, self.experts)
+        set_optimizer_steps(self.optimizer, saved["optimizer_steps"])
+        self.clip.load_state_dict({name: torch.tensor(scales) for name, scales in saved["qk_clip"].items()})
+        zero.refresh_weights(self.engine.optimizer, self.held)
+        progress = Progress(**(saved["progress"] | {"max_logit": float(saved["progress"]["max_logit"])}))
+        for each in fields(Progress):
+            setattr(self.progress, each.name, getattr(progress, each.name))
+        self.engine.global_steps = self.progress.step
+        self.engine.global_samples = self.progress.step * self.engine.train_batch_size()
+        # Never the saved count: another accumulation would be in the middle of a step.
+        self.engine.micro_steps = self.progress.step * self.engine.gradient_accumulation_steps()
+        for name, hook in self.hooks.items():
+            if name in saved["hooks"]:
+                hook.load_state_dict(saved["hooks"][name])
 
 
 def optimizer_keys(optimizer: MuonClip, shard: Shard) -> list[str]:

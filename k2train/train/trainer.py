@@ -10,21 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import deepspeed
-import numpy as np
-import safetensors
 import torch
 import torch.distributed as dist
 from muonclip.orthogonalize import cpu_multiplies_bfloat16
 
-import k2train
-from k2train.checkpoint import Interval, newest_checkpoint, prune, save_checkpoint
 from k2train.comm import World, sum_across
-from k2train.config import RunConfig, to_dict
+from k2train.config import RunConfig
 from k2train.data import Tokenizer, TrainStream, open_dataset
 from k2train.model import build_model, materialise, update_bias
 from k2train.paths import RunPaths, atomic_write
-from k2train.train import state, zero
+from k2train.train import zero
 from k2train.train.audit import OnceEach
 from k2train.train.compile import Compiled
 from k2train.train.engine import (
@@ -38,7 +33,9 @@ from k2train.train.engine import (
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.metrics import MetricsFile
+from k2train.train.saving import Saver, describe_machine
 from k2train.train.schedule import lr_factor
+from k2train.train.state import Experts, RunState
 from k2train.train.validate import HeldOutLoss, Window, held_out_loss
 from k2train.units import count
 
@@ -106,18 +103,34 @@ class Trainer:
             placed=zero.partitioner(world.device) if config.parallel.zero_stage == 3 else None,
         )
         self.engine = build_engine(config, self.model, self.optimizer, world=world, precision=self.precision)
-        self.shards = zero.shards(self.engine.optimizer, {p: n for n, p in self.model.named_parameters()})
-        zero.hand_over(self.engine.optimizer, self.optimizer, self.shards)
+        shards = zero.shards(self.engine.optimizer, {p: n for n, p in self.model.named_parameters()})
+        zero.hand_over(self.engine.optimizer, self.optimizer, shards)
 
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
             atomic_write(paths.tokenizer, definition.read_bytes())
-        self.roles = self.model.parameter_roles()
-        self.experts = state.Experts(parallel.rank, parallel.size)
         self.stream = TrainStream(self.dataset, sequence_length=config.train.sequence_length, seed=config.seed)
-        self.progress = state.Progress()
+        self.state = RunState(
+            self.model,
+            self.engine,
+            self.optimizer,
+            self.clip,
+            shards,
+            Experts(parallel.rank, parallel.size),
+            dataset=self.dataset.fingerprint,
+            vocab_size=self._vocab_size(),
+        )
+        self.progress = self.state.progress
+        self.saver = Saver(
+            self.state,
+            config=config,
+            folder=paths.checkpoints,
+            machine=describe_machine(config, world=world, precision=self.precision, threads=self.threads),
+            world=world,
+            say=say,
+        )
         self._introduce()
-        self._resume()
+        self.saver.resume()
 
     # ---- the loop
 
@@ -126,7 +139,7 @@ class Trainer:
         self.listeners = listeners
         metrics = MetricsFile(self.paths.metrics, resume_at=self.progress.step) if self.world.main else None
         every = self.config.checkpoint.every
-        proof = OnceEach(self.engine, self.optimizer, self.model, self.experts)
+        proof = OnceEach(self.engine, self.optimizer, self.model, self.state.experts)
         while self.progress.step < self.config.steps:
             record = self.step()
             if self.compiled:
@@ -141,7 +154,7 @@ class Trainer:
             if self.config.validate.every and step % self.config.validate.every == 0 and not last:
                 self._validate(metrics, whole=False)
             if last or (every and step % every == 0):
-                self.save()
+                self.saver.save()
         result = self._validate(metrics, whole=True)
         if metrics:
             metrics.close()
@@ -267,67 +280,17 @@ class Trainer:
             listener.validation(record)
         return found
 
-    # ---- checkpoints
-
-    def save(self) -> Path:
-        """Writes and publishes a checkpoint of the present step; deletes those that are too old."""
-        held = list(state.intervals(self.shards, self.optimizer, self.roles, self.experts))
-        if self.world.main:
-            held += [Interval(name, "buffer", 0, bias) for name, bias in state.router_biases(self.model)]
-        folder = save_checkpoint(
-            self.paths.checkpoints,
-            step=self.progress.step,
-            intervals=held,
-            shapes=state.shapes(self.model, self.roles, self.experts),
-            state={
-                "progress": dataclasses.asdict(self.progress) | {"max_logit": repr(self.progress.max_logit)},
-                "optimizer_steps": state.optimizer_steps(self.optimizer),
-                "qk_clip": {name: scales.tolist() for name, scales in self.clip.state_dict().items()},
-                "config": to_dict(self.config),
-                "vocab_size": self._vocab_size(),
-                "dataset": self.dataset.fingerprint,
-                "machine": self._machine(),
-            },
-            world=self.world,
-        )
-        if self.world.main:
-            prune(self.paths.checkpoints, keep=self.config.checkpoint.keep)
-        return folder
-
-    def _resume(self) -> None:
-        say = self.say
-        checkpoint = newest_checkpoint(self.paths.checkpoints, world=self.world, say=say)
-        if checkpoint is None:
-            return
-        saved = checkpoint.manifest.state
-        if saved["dataset"] != self.dataset.fingerprint:
-            raise RunError(
-                f"{checkpoint.folder} was trained on another data set ({saved['dataset']}, now "
-                f"{self.dataset.fingerprint}): the text, the tokenizer or Python changed. Give the run another name"
-            )
-        state.load_intervals(checkpoint, self.shards, self.optimizer, self.model, self.roles, self.experts)
-        state.set_optimizer_steps(self.optimizer, saved["optimizer_steps"])
-        self.clip.load_state_dict({name: torch.tensor(scales) for name, scales in saved["qk_clip"].items()})
-        zero.refresh_weights(self.engine.optimizer, self.shards)
-        self.progress = state.Progress(**(saved["progress"] | {"max_logit": float(saved["progress"]["max_logit"])}))
-        self.engine.global_steps = self.progress.step
-        self.engine.global_samples = self.progress.step * self.config.train.global_batch_size
-        self.engine.micro_steps = self.progress.step * self._micro_batches()
-        say(f"resuming from step {self.progress.step} of {self.config.steps} ({checkpoint.folder})")
-        for key, now in self._machine().items():
-            if (before := saved["machine"].get(key)) != now:
-                say(f"{key} was {before} and is now {now}: expect losses that agree to rounding, not to the last bit")
-
     # ---- small facts
 
     def parameters(self) -> tuple[int, int]:
         """How many there are in all, and how many are used for one token."""
         total = active = 0
         model = self.config.model
-        for name, shape in state.shapes(self.model, self.roles, self.experts).items():
-            if name in self.roles:  # not a router bias, which is a buffer
+        roles = self.state.roles
+        for name, shape in self.state.shapes().items():
+            if name in roles:  # not a router bias, which is a buffer
                 total += math.prod(shape)
-                share = model.num_experts_per_tok / model.n_routed_experts if self.roles[name] == "expert" else 1
+                share = model.num_experts_per_tok / model.n_routed_experts if roles[name] == "expert" else 1
                 active += round(math.prod(shape) * share)
         return total, active
 
@@ -363,24 +326,6 @@ class Trainer:
                 "tokenizer: raise it, or set it to null to follow the tokenizer"
             )
         return wanted or there
-
-    def _machine(self) -> dict[str, Any]:
-        """What may change the rounding of a run."""
-        return {
-            "processes": self.world.size,
-            "expert_parallel": self.config.parallel.expert_parallel,
-            "zero_stage": self.config.parallel.zero_stage,
-            "device": self.world.device.type,
-            "precision": self.precision,
-            "threads": self.threads,
-            "compile": self.config.train.compile,
-            "micro_batch_size": self.config.train.micro_batch_size,
-            "k2train": k2train.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "numpy": np.__version__,
-            "safetensors": safetensors.__version__,
-        }
 
 
 def _bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:

@@ -128,7 +128,7 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
         paths = RunPaths(folder / "runs" / run.name)
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(config, prepared(folder), world=world, paths=paths, say=lambda text: None)
-    assert (len(trainer.shards) > len(trainer.optimizer.param_groups)) == bool(layout.sub_group_size)
+    assert (len(trainer.state.held) > len(trainer.optimizer.param_groups)) == bool(layout.sub_group_size)
     first, routes = trainer.progress.step, Routes(trainer.model)
     records, held_out, counts = [], expected.held_out, []
     for step in range(first, run.until):
@@ -142,7 +142,7 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
     sample = expected.sample
     if run.until == STEPS and layout.precision == "fp32":
         sample = sample_text(trainer.model, trainer.dataset.tokenizer, config.generate, "cpu")
-    trainer.save()
+    trainer.saver.save()
     reached = newest_checkpoint(paths.checkpoints, world=world, say=print)
     assert reached is not None
     assert reached.manifest.step == run.until
@@ -177,7 +177,7 @@ def _times_orthogonalised(trainer: Trainer) -> tuple[int, int]:
     """Fewest and most, over all matrices and all processes."""
     counts = trainer.optimizer.orthogonalized
     assert counts is not None
-    wrong = not_once(counts, trainer.optimizer, trainer.model, trainer.experts)
+    wrong = not_once(counts, trainer.optimizer, trainer.model, trainer.state.experts)
     times = [1, *(int(sentence.split(" orthogonalised ")[1].split()[0]) for sentence in wrong)]
     return min(times), max(times)
 
