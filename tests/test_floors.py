@@ -14,6 +14,7 @@ FLOORS = {
     "k2train.config": 0,
     "k2train.comm": 0,
     "k2train.paths": 0,
+    "k2train.status": 0,
     "k2train.units": 0,
     "k2train.model": 1,
     "k2train.data": 1,
@@ -41,6 +42,7 @@ ONLY_IN = {
 WITHOUT_TORCH = [
     "k2train.config",
     "k2train.paths",
+    "k2train.status",
     "k2train.units",
     "k2train.report",
     "k2train.plan",

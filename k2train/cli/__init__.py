@@ -18,13 +18,12 @@ from k2train.cli.commands import COMMANDS, Command
 from k2train.cli.help import INSTALL, command_help, general_help
 from k2train.config import ConfigError, parse
 from k2train.paths import explain_oserror
+from k2train.status import FAILED, INTERRUPTED, OK, USAGE
 
 # Threads of torch that wait for each other look this often before they sleep. At libgomp's own number each wait on a
 # busy machine lasts a time slice: of two runs at once on two cores each took 2.6 times as long as with this number.
 # On an idle machine it costs about 5 %, where 500 costs a quarter.
 SPINS = "2000"
-
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -34,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: what was typed after ``k2train``; None takes it from ``sys.argv``.
 
     Returns:
-        The exit status: 0 done, 1 the run failed, 2 it was asked for wrongly, 130 stopped by Ctrl-C.
+        The exit status; see ``k2train.status``.
     """
     first, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
     if first in ("--help", "-h", "help"):

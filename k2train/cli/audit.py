@@ -17,7 +17,8 @@ from rich.table import Table
 from k2train.cli.train import prepare_data
 from k2train.config import ConfigError, RunConfig
 from k2train.paths import RunPaths
-from k2train.train.quiet import Quiet, quiet, report_failure, without_shm_comm
+from k2train.train.failures import report_failure
+from k2train.train.quiet import Quiet, quiet, without_shm_comm
 from k2train.units import memory
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from k2train.cli.progress import PrepareProgress
 from k2train.config import ConfigError, RunConfig, to_dict
 from k2train.config.compare import changed_settings
 from k2train.paths import RunPaths, atomic_write, cache_dir
-from k2train.train.quiet import Quiet, quiet, report_failure, without_shm_comm
+from k2train.train.failures import report_failure
+from k2train.train.quiet import Quiet, quiet, without_shm_comm
 
 if TYPE_CHECKING:
     from k2train.train.trainer import Trainer

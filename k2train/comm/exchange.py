@@ -6,7 +6,7 @@ Object collectives of torch.distributed pickle; these send JSON, so that nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,23 @@ def sum_across(values: Sequence[float | torch.Tensor], *, device: torch.device |
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(packed)
     return [float(v) for v in packed.tolist()]
+
+
+def start_max(value: int) -> Callable[[], int]:
+    """Starts to ask all ranks for the largest of their values; the function returned waits for the answer.
+
+    The question travels over the host's network, so that it neither waits for a device nor holds one up.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return lambda: value
+    largest = torch.tensor(value)
+    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True)
+
+    def answer() -> int:
+        work.wait()
+        return int(largest)
+
+    return answer
 
 
 def gather_json(value: Any) -> list[Any]:
