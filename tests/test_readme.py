@@ -25,7 +25,10 @@ SMALL = {
 }
 SMALL["audit"] = SMALL["train"]
 # Some text of its own, and a part of the standard library: a corpus of a second.
-CORPUS = {True: [f"data.path={ROOT / 'k2train' / 'config'}"], False: ["data.include=[json/*.py,email/*.py]"]}
+CORPUS = {
+    True: [f"data.path={ROOT / 'k2train' / 'config'}"],
+    False: ["data.sources.stdlib.include=[json/*.py,email/*.py]"],
+}
 
 
 @pytest.fixture(scope="module")

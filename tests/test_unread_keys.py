@@ -10,7 +10,7 @@ from k2train.config import RunConfig, WriteConfig, key_types
 
 PACKAGE = Path(__file__).parents[1] / "k2train"
 # Names under which code holds a group of the config other than the group's own.
-ALIASES = {"config", "architecture", "scaling"}
+ALIASES = {"config", "architecture", "scaling", "source"}
 
 
 def reads(paths: Iterable[Path]) -> set[tuple[str, str]]:

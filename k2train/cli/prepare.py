@@ -23,6 +23,11 @@ def run(config: RunConfig) -> int:
     for split in ("train", "held_out"):
         tokens, size = dataset.tokens(split), dataset.bytes(split)
         print(f"{split.replace('_', ' ')}: {count(tokens)} tokens of {count(size)} bytes")
+    for name in dataset.sources:
+        weight, limit = config.data.weights.get(name), config.data.max_epochs.get(name)
+        sampled = "by its size" if weight is None else f"with weight {weight}"
+        seen = "" if limit is None else f", at most {limit:g} times"
+        print(f"source {name}: {count(dataset.tokens('train', name))} training tokens, sampled {sampled}{seen}")
     for note in dataset.notes():
         print(note)
     print(f"vocabulary: {dataset.tokenizer.vocab_size} tokens")

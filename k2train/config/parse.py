@@ -79,10 +79,10 @@ def _dataclass(cls: type, value: Any, path: str, faults: list[str]) -> Any:
             faults.append(f"unknown key {_join(path, str(key))}: {nearest(str(key), list(fields))}")
     arguments = {}
     for name, described in fields.items():
-        if name not in value:
-            faults.append(f"missing key {_join(path, name)}")
-        else:
+        if name in value:
             arguments[name] = _value(hints[name], value[name], described.metadata, _join(path, name), faults)
+        elif described.default is dataclasses.MISSING:
+            faults.append(f"missing key {_join(path, name)}")
     if len(faults) > before:
         return None
     result = cls(**arguments)
@@ -96,9 +96,7 @@ def _value(hint: Any, value: Any, rules: Mapping[str, Any], path: str, faults: l
         return _dataclass(typing.cast(type, hint), value, path, faults)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return (
-            None if value is None else _value(next(a for a in args if a is not type(None)), value, rules, path, faults)
-        )
+        return None if value is None else _value(_member(args, value), value, rules, path, faults)
     if origin is tuple:
         if (
             isinstance(value, str)
@@ -118,6 +116,13 @@ def _value(hint: Any, value: Any, rules: Mapping[str, Any], path: str, faults: l
             return None
         return {str(key): _value(args[1], item, rules, _join(path, str(key)), faults) for key, item in value.items()}
     return _scalar(hint, value, rules, path, faults)
+
+
+def _member(hints: Sequence[Any], value: Any) -> Any:
+    """The member of a union that the value is meant for: a list if it is one, else the first that is none."""
+    real = [hint for hint in hints if hint is not type(None)]
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return next((hint for hint in real if (typing.get_origin(hint) is tuple) == listed), real[0])
 
 
 def _scalar(kind: Any, value: Any, rules: Mapping[str, Any], path: str, faults: list[str]) -> Any:

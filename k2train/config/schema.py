@@ -8,7 +8,7 @@ the released ``config.json`` of Kimi K2, so that what is written here can be com
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 
@@ -20,12 +20,15 @@ def rule(
     below: float | None = None,
     one_of: tuple[str, ...] | None = None,
     even: bool = False,
+    default: Any = MISSING,
 ) -> Any:
-    """A required field with the values it may take; ``parse`` turns a breach into a sentence that names the key."""
+    """A field with the values it may take; ``parse`` turns a breach into a sentence that names the key.
+
+    It must be given, unless there is a ``default``.
+    """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "one_of": one_of}
-    return field(
-        metadata={key: value for key, value in bounds.items() if value is not None} | ({"even": True} if even else {})
-    )
+    metadata = {key: value for key, value in bounds.items() if value is not None} | ({"even": True} if even else {})
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
 # What a parameter is for; the model says it of each of its own.
@@ -143,23 +146,51 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where text comes from and how it is split and encoded."""
+class SourceConfig:
+    """One source of documents; see configs/data/mixture.yaml for what its keys mean."""
 
-    source: str = rule(one_of=("stdlib", "folder"))
-    path: str | None = rule()  # source=folder: the folder
-    include: tuple[str, ...] = rule()  # file name patterns (fnmatch on the path relative to the folder)
-    exclude: tuple[str, ...] = rule()
-    held_out: float = rule(above=0, below=1)  # share of directory groups kept for validation, by hash
+    kind: str = rule(one_of=("stdlib", "folder"))
+    path: str | None = rule(default=None)  # null: data.path
+    include: tuple[str, ...] | None = rule(default=None)  # fnmatch on the path relative to the folder
+    exclude: tuple[str, ...] = rule(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from, how it is split and encoded, and how its sources are mixed."""
+
+    sources: dict[str, SourceConfig] = rule()
+    path: str | None = rule()  # of the sources that give none of their own
+    # Relative sampling weights: a number, or pairs [training tokens, weight] with straight lines between them. Without
+    # any each source has the weight of its size.
+    weights: dict[str, float | tuple[tuple[float, float], ...]] = rule(at_least=0)
+    max_epochs: dict[str, float] = rule(above=0)  # how often a source may be seen; one that is not named has no limit
+    held_out: float = rule(above=0, below=1)  # share of each source's bytes kept for validation, by hash of the group
     cache_dir: str | None = rule()  # null: $XDG_CACHE_HOME/k2train
     tokenizer: TokenizerConfig = rule()
 
     def check(self) -> Iterator[str]:
         """Sentences on fields that contradict each other."""
-        if self.source == "folder" and not self.path:
-            yield "path is missing: data=folder needs the folder to read, as in data.path=/home/me/code"
-        if self.source == "stdlib" and self.path:
-            yield f"path={self.path!r} is given but source=stdlib does not read it: add data=folder to train on it"
+        if not self.sources:
+            yield "sources is empty: name at least one, or use data=stdlib"
+        for name, source in self.sources.items():
+            if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+                yield f"sources.{name}: the name becomes a folder's: use letters, digits, - and _ alone"
+            if source.kind != "stdlib" and not (source.path or self.path):
+                yield (
+                    f"path is missing: the source {name} of kind {source.kind} needs one, as in "
+                    f"data.path=/home/me/code or data.sources.{name}.path=/home/me/code"
+                )
+            if source.kind == "stdlib" and source.path:
+                yield f"sources.{name}.path={source.path!r} is given but kind=stdlib does not read it: remove it"
+        if self.path and all(source.path or source.kind == "stdlib" for source in self.sources.values()):
+            yield f"path={self.path!r} is given but no source reads it: add data=folder to train on it"
+        for key, given in (("weights", self.weights), ("max_epochs", self.max_epochs)):
+            for name in sorted(given.keys() - self.sources.keys()):
+                yield f"{key}.{name}: there is no such source: the sources are {', '.join(sorted(self.sources))}"
+        if self.weights:
+            for name in sorted(self.sources.keys() - self.weights.keys()):
+                yield f"weights.{name} is missing: give a weight to each source, or to none"
 
 
 @dataclass(frozen=True, kw_only=True)

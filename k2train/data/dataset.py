@@ -1,6 +1,7 @@
 """A prepared data set: opened, checked, and read by position.
 
-Each split is one stream of tokens: its documents in the order of their origins, each closed by end_of_text.
+Each split of each source is one stream of tokens: its documents in the order of the source, each closed by
+end_of_text.
 
 The *context* of a document is what its tokens may be predicted from. It begins with the end_of_text that closes the
 document before, so that a document's first token is predicted from that mark alone; its own end_of_text is the last
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from k2train.data.errors import DataError, os_errors_explained
-from k2train.data.shards import Shard, ShardRecord, open_shard
+from k2train.data.manifest import SPLITS, open_digests, read_manifest, shard_records
+from k2train.data.shards import Shard, open_shard
 from k2train.data.tokenizer import Tokenizer
 
-FORMAT = "k2train-data"
-VERSION = 1
-SPLITS = ("train", "held_out")
 IGNORED = -100  # the label that a loss leaves out
 
 Utf8 = bytes  # by another name inside Dataset, which has a method called bytes
@@ -168,35 +165,36 @@ class Dataset:
         fingerprint: equal for two data sets with the same tokens in the same order under the same tokenizer.
         tokenizer: the one it was encoded with.
         padded_vocab_size: the tokenizer's size, rounded up as the config stated.
+        sources: their names, sorted.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, streams: dict[str, TokenStream]):
-        """Joins what ``open_dataset`` has checked."""
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, shards: dict[tuple[str, str], list[Shard]]
+    ):
+        """Joins what ``open_dataset`` has checked; shards by (source, split)."""
         self.folder = folder
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer = tokenizer
         self.padded_vocab_size: int = manifest["padded_vocab_size"]
-        self._streams = streams
+        self.sources: tuple[str, ...] = tuple(sorted(manifest["sources"]))
+        self._shards = shards
 
-    def stream(self, split: str) -> TokenStream:
-        """The tokens of ``train`` or ``held_out``."""
-        if split not in self._streams:
-            raise ValueError(f"split={split!r} is unknown: it must be one of {', '.join(self._streams)}")
-        return self._streams[split]
+    def stream(self, split: str, source: str | None = None) -> TokenStream:
+        """The tokens of ``train`` or ``held_out``: of one source, or of all of them, one after the other."""
+        return TokenStream([shard for name in self._chosen(split, source) for shard in self._shards[name, split]])
 
-    def tokens(self, split: str) -> int:
+    def tokens(self, split: str, source: str | None = None) -> int:
         """How many tokens the split has, the end_of_text of each document included."""
-        return len(self.stream(split))
+        return self._total("tokens", split, source)
 
-    def bytes(self, split: str) -> int:
+    def bytes(self, split: str, source: str | None = None) -> int:
         """How many bytes of UTF-8 text the split has."""
-        self.stream(split)  # refuses an unknown split
-        return sum(shard["text_bytes"] for shard in self.manifest["splits"][split])
+        return self._total("text_bytes", split, source)
 
-    def documents(self, split: str) -> Iterator[tuple[str, Utf8]]:
+    def documents(self, split: str, source: str | None = None) -> Iterator[tuple[str, Utf8]]:
         """(origin, text in UTF-8) of each document, decoded from its tokens."""
-        for origin, tokens in self.stream(split).documents():
+        for origin, tokens in self.stream(split, source).documents():
             yield origin, self.tokenizer.decode_bytes(tokens.tolist())
 
     def windows(self, split: str, *, sequence_length: int) -> Windows:
@@ -206,22 +204,27 @@ class Dataset:
     def notes(self) -> list[str]:
         """Sentences on what turned out otherwise than asked: skipped files, a smaller vocabulary."""
         found = []
-        tokenizer, skipped = self.manifest["tokenizer"], self.manifest["skipped"]
-        if skipped:
-            counts = ", ".join(f"{count} ({reason})" for reason, count in skipped.items())
-            found.append(f"files left out: {counts}")
-        if tokenizer["vocab_size"] < tokenizer["asked_vocab_size"]:
+        about, vocab_size = self.manifest["about"], self.manifest["tokenizer"]["vocab_size"]
+        for name in self.sources:
+            if skipped := about["skipped"][name]:
+                counts = ", ".join(f"{count} ({reason})" for reason, count in skipped.items())
+                found.append(f"{name}: documents left out: {counts}")
+        if vocab_size < about["asked_vocab_size"]:
             found.append(
-                f"the vocabulary ended at {tokenizer['vocab_size']} of {tokenizer['asked_vocab_size']} tokens, "
+                f"the vocabulary ended at {vocab_size} of {about['asked_vocab_size']} tokens, "
                 "as the training text has no more pairs to merge"
             )
         return found
 
+    def _total(self, what: str, split: str, source: str | None) -> int:
+        return sum(self.manifest["sources"][name]["splits"][split][what] for name in self._chosen(split, source))
 
-def fingerprint_of(manifest: dict[str, Any]) -> str:
-    """sha256 of what decides the tokens: format version, tokenizer and shards; not of how they came about."""
-    decisive = {key: manifest[key] for key in ("format", "version", "tokenizer", "padded_vocab_size", "splits")}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    def _chosen(self, split: str, source: str | None) -> tuple[str, ...]:
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is unknown: it must be one of {', '.join(SPLITS)}")
+        if source is not None and source not in self.sources:
+            raise ValueError(f"source={source!r} is unknown: it must be one of {', '.join(self.sources)}")
+        return self.sources if source is None else (source,)
 
 
 def open_dataset(manifest_path: Path) -> Dataset:
@@ -231,40 +234,25 @@ def open_dataset(manifest_path: Path) -> Dataset:
         DataError: something is missing, damaged, edited or of another version; the sentence names the file.
     """
     folder = manifest_path.parent
-    manifest = _read_manifest(manifest_path)
+    manifest = read_manifest(manifest_path)
     tokenizer_path = folder / manifest["tokenizer"]["file"]
     with os_errors_explained(tokenizer_path):
         definition = tokenizer_path.read_bytes()
-    digest = xxhash.xxh3_64_hexdigest(definition)
-    if digest != manifest["tokenizer"]["xxh3"]:
+    digest = hashlib.sha256(definition).hexdigest()
+    if digest != manifest["tokenizer"]["sha256"]:
         raise DataError(
-            f"the tokenizer {tokenizer_path} did not encode this data: its xxh3 is {digest} and the manifest "
-            f"says {manifest['tokenizer']['xxh3']}: delete the folder {folder} and prepare the data again"
+            f"the tokenizer {tokenizer_path} did not encode this data: its sha256 is {digest} and the manifest "
+            f"says {manifest['tokenizer']['sha256']}: delete the folder {folder} and prepare the data again"
         )
     tokenizer = Tokenizer(definition.decode("utf-8"), engine=manifest["tokenizer"]["engine"])
-    streams = {
-        split: TokenStream([open_shard(folder, ShardRecord(**record)) for record in manifest["splits"][split]])
-        for split in SPLITS
-    }
-    return Dataset(folder, manifest, tokenizer, streams)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    remedy = f"delete the folder {path.parent} and prepare the data again"
-    with os_errors_explained(path):
-        if not path.is_file():
-            raise DataError(f"there is no prepared data at {path}: prepare it first")
-        data = path.read_bytes()
-    try:
-        manifest: dict[str, Any] = json.loads(data)
-        kind = (manifest["format"], manifest["version"])
-        said, computed = manifest["fingerprint"], fingerprint_of(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the manifest {path} is damaged ({error!r}): {remedy}") from error
-    if kind != (FORMAT, VERSION):
-        raise DataError(
-            f"{path} is {kind[0]} version {kind[1]}; this program reads {FORMAT} version {VERSION}: {remedy}"
-        )
-    if said != computed:
-        raise DataError(f"the manifest {path} was changed after it was written: its fingerprint does not fit: {remedy}")
-    return manifest
+    shards: dict[tuple[str, str], list[Shard]] = {}
+    for source in manifest["sources"]:
+        digests = open_digests(folder, manifest, source)
+        for split in SPLITS:
+            records = shard_records(manifest, source, split)
+            ends = np.cumsum([record.blocks for record in records], dtype=np.int64)
+            parts = np.split(digests[split], ends[:-1]) if records else []
+            shards[source, split] = [
+                open_shard(folder, record, part) for record, part in zip(records, parts, strict=True)
+            ]
+    return Dataset(folder, manifest, tokenizer, shards)

@@ -21,11 +21,23 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from k2train.config import DataConfig
-from k2train.data.dataset import FORMAT, SPLITS, VERSION, fingerprint_of
 from k2train.data.errors import DataError, os_errors_explained
-from k2train.data.shards import ShardRecord, find_shard, write_shard
+from k2train.data.manifest import (
+    BLOCK_BYTES,
+    FORMAT,
+    MANIFEST_NAME,
+    SPLITS,
+    VERSION,
+    ShardRecord,
+    describe_file,
+    describe_split,
+    write_digests,
+    write_manifest,
+)
+from k2train.data.shards import find_shard, write_shard
 from k2train.data.source import Corpus, File, Skip, describe_skipped, find_corpus, read_text
 from k2train.data.split import groups_of, held_out_groups
 from k2train.data.tokenizer import Tokenizer, choose_engine, train_bpe
@@ -44,6 +56,7 @@ CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 64, 1 << 16  # on which the fast engine'
 class Document:
     """A file that was read: what is needed to tell whether it is the same when it is read again."""
 
+    number: int  # in its source
     file: File
     bytes: int
     digest: str
@@ -63,86 +76,107 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
         DataError: no text, too little of it, or the file system refuses; one sentence with the way on.
     """
     with os_errors_explained(cache):
-        corpus = find_corpus(config, apart_from=cache)
-        folder = cache / "data" / f"{config.source}-{_key(config, corpus)}"
-        manifest_path = folder / "manifest.json"
+        corpora = {name: find_corpus(config, name, apart_from=cache) for name in sorted(config.sources)}
+        folder = cache / "data" / f"{'+'.join(corpora)}-{_key(config, corpora)}"
+        manifest_path = folder / MANIFEST_NAME
         if manifest_path.is_file():
             return manifest_path
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / LOCK_NAME, progress):
             if not manifest_path.is_file():
-                manifest = _make(config, corpus, folder, progress)
+                manifest = _make(config, corpora, folder, progress)
                 _remove_leftovers(folder, manifest)
-                atomic_write(manifest_path, json.dumps(manifest, indent=1) + "\n")
+                write_manifest(folder, manifest)
     return manifest_path
 
 
-def _key(config: DataConfig, corpus: Corpus) -> str:
+def _key(config: DataConfig, corpora: dict[str, Corpus]) -> str:
     """Names the result before any file is read."""
-    depends_on = {
-        "version": VERSION,
-        "config": {key: value for key, value in asdict(config).items() if key not in ("path", "cache_dir")},
-        "root": str(corpus.root),
-        "files": [(file.origin, file.size, file.mtime_ns) for file in corpus.files],
+    settings = asdict(config)
+    for elsewhere in ("path", "cache_dir", "weights", "max_epochs"):  # do not enter into the tokens
+        del settings[elsewhere]
+    listings = {
+        name: {
+            "root": str(corpus.root),
+            "files": [(file.origin, file.size, file.mtime_ns) for file in corpus.files],
+        }
+        for name, corpus in corpora.items()
     }
+    depends_on = {"version": VERSION, "config": settings, "sources": listings}
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _make(config: DataConfig, corpus: Corpus, folder: Path, progress: Progress) -> dict[str, Any]:
-    documents, skipped = _read_all(corpus, progress)
-    splits = _split(documents, share=config.held_out)
-    definition = train_bpe(_training_texts(splits["train"], progress), vocab_size=config.tokenizer.vocab_size)
+def _make(config: DataConfig, corpora: dict[str, Corpus], folder: Path, progress: Progress) -> dict[str, Any]:
+    documents, skipped = _read_all(corpora, progress)
+    splits = {
+        (name, split): part
+        for name, found in documents.items()
+        for split, part in _split(found, share=config.held_out).items()
+    }
+    training = [document for name in documents for document in splits[name, "train"]]
+    definition = train_bpe(_training_texts(training, progress), vocab_size=config.tokenizer.vocab_size)
     atomic_write(folder / TOKENIZER_NAME, definition)
-    sample = splits["train"][:: -(-len(splits["train"]) // CHECKED_DOCUMENTS)]
+    sample = training[:: -(-len(training) // CHECKED_DOCUMENTS)]
     engine = choose_engine(definition, (_read_again(document)[:CHECKED_CHARACTERS] for document in sample))
     tokenizer = Tokenizer(definition, engine=engine)
-    tokenizer_digest = xxhash.xxh3_64_hexdigest(definition.encode())
-    shards = _encode(splits, tokenizer, f"{tokenizer_digest} {engine}", folder, progress)
+    described = describe_file(folder, TOKENIZER_NAME)
+    made = _encode(splits, tokenizer, f"{described['sha256']} {engine}", folder, progress)
     multiple = config.tokenizer.pad_to_multiple
-    manifest = {
+    sources = {}
+    for name in corpora:
+        parts = {split: made[name, split] for split in SPLITS}
+        digests = {split: [digest for _, digest in part] for split, part in parts.items()}
+        sources[name] = {
+            "digests": write_digests(folder, name, digests),
+            "splits": {split: describe_split([record for record, _ in part]) for split, part in parts.items()},
+        }
+    return {
         "format": FORMAT,
         "version": VERSION,
-        "source": {"kind": config.source, "name": corpus.name},
-        "held_out": config.held_out,
-        "skipped": {reason.value: skipped[reason] for reason in Skip if skipped[reason]},
-        "tokenizer": {
-            "file": TOKENIZER_NAME,
-            "xxh3": tokenizer_digest,
-            "engine": engine,
-            "vocab_size": tokenizer.vocab_size,
+        "block_bytes": BLOCK_BYTES,
+        "tokenizer": described | {"engine": engine, "vocab_size": tokenizer.vocab_size},
+        "padded_vocab_size": -(-tokenizer.vocab_size // multiple) * multiple,
+        "sources": sources,
+        "about": {
+            "sources": {name: corpus.name for name, corpus in corpora.items()},
+            "held_out": config.held_out,
+            "skipped": {
+                name: {reason.value: counts[reason] for reason in Skip if counts[reason]}
+                for name, counts in skipped.items()
+            },
             "asked_vocab_size": config.tokenizer.vocab_size,
         },
-        "padded_vocab_size": -(-tokenizer.vocab_size // multiple) * multiple,
-        "splits": {split: [asdict(record) for record in records] for split, records in shards.items()},
     }
-    return manifest | {"fingerprint": fingerprint_of(manifest)}
 
 
-def _read_all(corpus: Corpus, progress: Progress) -> tuple[list[Document], Counter[Skip]]:
+def _read_all(
+    corpora: dict[str, Corpus], progress: Progress
+) -> tuple[dict[str, list[Document]], dict[str, Counter[Skip]]]:
     """Which files are documents. Exact copies are left out: one of them could land on each side of the split."""
-    documents: list[Document] = []
-    skipped = Counter(corpus.skipped)
+    documents: dict[str, list[Document]] = {name: [] for name in corpora}
+    skipped = {name: Counter(corpus.skipped) for name, corpus in corpora.items()}
     seen: set[str] = set()
-    done, total = 0, max(1, sum(file.size for file in corpus.files))
-    for file in corpus.files:
-        text = read_text(file)
-        if isinstance(text, str):
-            data = text.encode("utf-8")
-            digest = xxhash.xxh3_128_hexdigest(data)
-            if digest in seen:
-                text = Skip.COPY
-            else:
-                seen.add(digest)
-                documents.append(Document(file, len(data), digest))
-        if isinstance(text, Skip):
-            skipped[text] += 1
-        done += file.size
-        progress("read", min(done, total), total)
-    if not documents:
-        raise DataError(
-            f"{corpus.root} has no text{describe_skipped(skipped)}: "
-            "give a folder with UTF-8 text files, or change data.include"
-        )
+    done, total = 0, max(1, sum(file.size for corpus in corpora.values() for file in corpus.files))
+    for name, corpus in corpora.items():
+        for number, file in enumerate(corpus.files):
+            text = read_text(file)
+            if isinstance(text, str):
+                data = text.encode("utf-8")
+                digest = xxhash.xxh3_128_hexdigest(data)
+                if digest in seen:
+                    text = Skip.COPY
+                else:
+                    seen.add(digest)
+                    documents[name].append(Document(number, file, len(data), digest))
+            if isinstance(text, Skip):
+                skipped[name][text] += 1
+            done += file.size
+            progress("read", min(done, total), total)
+        if not documents[name]:
+            raise DataError(
+                f"the source {name} has no text in {corpus.root}{describe_skipped(skipped[name])}: "
+                f"give a folder with UTF-8 text files, or change data.sources.{name}.include"
+            )
     return documents, skipped
 
 
@@ -171,37 +205,45 @@ def _training_texts(documents: Sequence[Document], progress: Progress) -> Iterat
 
 
 def _encode(
-    splits: dict[str, list[Document]], tokenizer: Tokenizer, tokenizer_name: str, folder: Path, progress: Progress
-) -> dict[str, list[ShardRecord]]:
+    splits: dict[tuple[str, str], list[Document]],
+    tokenizer: Tokenizer,
+    tokenizer_name: str,
+    folder: Path,
+    progress: Progress,
+) -> dict[tuple[str, str], list[tuple[ShardRecord, NDArray[np.uint64]]]]:
     """Writes one shard a work unit, unless an interrupted run has left it whole."""
     done, total = 0, sum(document.bytes for part in splits.values() for document in part)
-    records: dict[str, list[ShardRecord]] = {split: [] for split in splits}
-    for split, documents in splits.items():
+    made: dict[tuple[str, str], list[tuple[ShardRecord, NDArray[np.uint64]]]] = {key: [] for key in splits}
+    for (source, split), documents in splits.items():
+        (folder / source).mkdir(exist_ok=True)
         for number, unit in enumerate(_units(documents)):
-            path = folder / f"{split}-{number:05d}.safetensors"
+            name = f"{source}/{split}-{number:05d}.safetensors"
             described = [tokenizer_name, *(f"{document.file.origin} {document.digest}" for document in unit)]
-            name = hashlib.sha256("\n".join(described).encode()).hexdigest()
-            record = find_shard(path, unit=name)
-            if record is None:
+            unit_name = hashlib.sha256("\n".join(described).encode()).hexdigest()
+            found = find_shard(folder, name, unit=unit_name)
+            if found is None:
                 tokens = []
                 for document in unit:
                     ids = tokenizer.encode_array(_read_again(document))
                     tokens.append(np.append(ids, np.uint32(tokenizer.end_of_text)))
                     done += document.bytes
                     progress("encode", done, total)
-                record = write_shard(
-                    path,
+                write_shard(
+                    folder / name,
                     tokens,
+                    document_ids=[document.number for document in unit],
                     document_bytes=[document.bytes for document in unit],
                     origins=[document.file.origin for document in unit],
                     vocab_size=tokenizer.vocab_size,
-                    unit=name,
+                    unit=unit_name,
                 )
+                found = find_shard(folder, name, unit=unit_name)
+                assert found is not None
             else:
-                done += record.text_bytes
+                done += found[0].text_bytes
                 progress("encode", done, total)
-            records[split].append(record)
-    return records
+            made[source, split].append(found)
+    return made
 
 
 def _units(documents: Sequence[Document]) -> Iterator[list[Document]]:
@@ -225,9 +267,12 @@ def _read_again(document: Document) -> str:
 
 def _remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
     """Removes what interrupted runs have left beside the files of the manifest."""
-    kept = {LOCK_NAME, TOKENIZER_NAME} | {shard["file"] for part in manifest["splits"].values() for shard in part}
-    for path in folder.iterdir():
-        if path.name not in kept:
+    kept = {LOCK_NAME, TOKENIZER_NAME}
+    for source in manifest["sources"].values():
+        kept.add(source["digests"]["file"])
+        kept.update(file for part in source["splits"].values() for file in part["shards"]["file"])
+    for path in folder.rglob("*"):
+        if path.is_file() and str(path.relative_to(folder)) not in kept:
             path.unlink()
 
 

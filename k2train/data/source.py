@@ -58,39 +58,42 @@ class Corpus:
     skipped: Counter[Skip]
 
 
-def find_corpus(config: DataConfig, *, apart_from: Path) -> Corpus:
-    """Lists the files that ``config`` asks for without reading them.
+def find_corpus(config: DataConfig, name: str, *, apart_from: Path) -> Corpus:
+    """Lists the files of a source without reading them.
 
     Args:
-        config: source, path, include and exclude.
+        config: of the data set.
+        name: of the source.
         apart_from: a folder that is never entered: the cache may lie inside the folder that is read.
 
     Raises:
         DataError: the root is missing, is no folder or cannot be listed, or no file matches.
     """
-    if config.source == "stdlib":
+    source = config.sources[name]
+    include = ("*",) if source.include is None else source.include
+    if source.kind == "stdlib":
         # Inside a virtual environment this is still the base interpreter's library.
         root = Path(sysconfig.get_path("stdlib"))
-        name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
+        title = f"standard library of {platform.python_implementation()} {platform.python_version()}"
         missing = f"the standard library of this Python should be in {root}, which is missing: use a Python that has it"
     else:
-        if not config.path:
-            raise DataError("data.path is missing: give the folder to read, as in data.path=/home/me/code")
-        root, name = Path(config.path).expanduser(), "folder"
-        missing = f"data.path={config.path} does not exist: give an existing folder"
+        path = source.path or config.path
+        assert path  # by DataConfig.check
+        root, title = Path(path).expanduser(), "folder"
+        missing = f"the source {name}: {path} does not exist: give an existing folder"
     with os_errors_explained(root):
         if not root.exists():
             raise DataError(missing)
         if not root.is_dir():
-            raise DataError(f"{root} is not a folder: data.path takes a folder; data.include picks files in it")
+            raise DataError(f"the source {name}: {root} is not a folder: give a folder; include picks files in it")
         root = root.resolve()
-        files, skipped = _list_files(root, config.include, config.exclude, apart_from=apart_from.resolve())
+        files, skipped = _list_files(root, include, source.exclude, apart_from=apart_from.resolve())
     if not files:
         raise DataError(
-            f"no file in {root} matches data.include={list(config.include)} without matching data.exclude="
-            f"{list(config.exclude)}{describe_skipped(skipped)}: change the patterns, or give another folder"
+            f"no file in {root} matches data.sources.{name}.include={list(include)} without matching exclude="
+            f"{list(source.exclude)}{describe_skipped(skipped)}: change the patterns, or give another folder"
         )
-    return Corpus(name, root, files, skipped)
+    return Corpus(title, root, files, skipped)
 
 
 def read_text(file: File) -> str | Skip:

@@ -46,7 +46,7 @@ def held_out_groups(bytes_by_group: Mapping[str, int], *, share: float) -> froze
     if len(bytes_by_group) < 2:
         raise DataError(
             f"a corpus needs at least two directories, or two files side by side, so that one can be held out; "
-            f"this one has {len(bytes_by_group)}: add files, or widen data.include"
+            f"this one has {len(bytes_by_group)}: add files, or widen the source's include"
         )
     by_hash = sorted(bytes_by_group, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))
     left = int(share * sum(bytes_by_group.values()))

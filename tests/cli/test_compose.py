@@ -37,7 +37,10 @@ def test_other_values_are_read(word, value):
 
 
 def test_a_list_of_patterns():
-    assert compose(TRAIN, ["data.include=[*.py,*.md]"])["data"]["include"] == ["*.py", "*.md"]
+    assert compose(TRAIN, ["data.sources.stdlib.include=[*.py,*.md]"])["data"]["sources"]["stdlib"]["include"] == [
+        "*.py",
+        "*.md",
+    ]
 
 
 def test_a_group_that_is_null_can_be_given_members():

@@ -74,12 +74,12 @@ def test_the_padded_vocabulary_follows_the_tokenizer(dataset: Dataset):
 
 
 def test_a_flipped_bit_in_any_shard_is_found_at_open(dataset: Dataset):
-    shards = sorted(dataset.folder.glob("*.safetensors"))
+    shards = sorted(dataset.folder.glob("*/*-*.safetensors"))
     assert len(shards) == 2
     for path in shards:
         good = path.read_bytes()
         path.write_bytes(good[:-5] + bytes([good[-5] ^ 1]) + good[-4:])
-        with pytest.raises(DataError, match=f"{path.name} is damaged"):
+        with pytest.raises(DataError, match=f"{path.name} is damaged in bytes 0 to "):
             open_dataset(manifest_of(dataset))
         path.write_bytes(good)
     open_dataset(manifest_of(dataset))
@@ -96,8 +96,17 @@ def test_another_tokenizer_is_found_at_open(dataset: Dataset):
         open_dataset(manifest_of(dataset))
 
 
+def test_exchanged_digests_are_found_at_open(dataset: Dataset):
+    path = dataset.folder / "folder" / "blocks.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"blocks.safetensors are not those of this data: their sha256 is \w+ and"):
+        open_dataset(manifest_of(dataset))
+
+
 def test_exchanged_data_sets_are_found_at_open(dataset: Dataset):
-    shutil.copy(dataset.folder / "train-00000.safetensors", dataset.folder / "held_out-00000.safetensors")
+    folder = dataset.folder / "folder"
+    shutil.copy(folder / "train-00000.safetensors", folder / "held_out-00000.safetensors")
     with pytest.raises(DataError, match="bytes and its manifest says"):
         open_dataset(manifest_of(dataset))
 
@@ -106,9 +115,9 @@ def test_exchanged_data_sets_are_found_at_open(dataset: Dataset):
     ("edit", "message"),
     [
         (lambda manifest: manifest.update(padded_vocab_size=512), "was changed after it was written"),
-        (lambda manifest: manifest["splits"]["train"][0].update(tokens=1), "was changed after it was written"),
-        (lambda manifest: manifest.pop("splits"), r"is damaged \(KeyError\('splits'\)\)"),
-        (lambda manifest: manifest.update(version=99), "k2train-data version 99; this program reads .* version 1"),
+        (lambda manifest: manifest["sources"]["folder"].update(splits={}), "was changed after it was written"),
+        (lambda manifest: manifest.pop("version"), r"is damaged \(KeyError\('version'\)\)"),
+        (lambda manifest: manifest.update(version=99), "k2train-data version 99; this program reads .* version 2"),
     ],
 )
 def test_an_edited_manifest_is_refused(dataset: Dataset, edit, message):

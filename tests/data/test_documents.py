@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from k2train.data import TrainStream
-from k2train.data.dataset import Dataset, TokenStream, Windows
+from k2train.data import Dataset, TrainStream
+from k2train.data.dataset import TokenStream, Windows
 from k2train.data.order import positions
 from k2train.data.shards import Shard
 
@@ -26,7 +25,7 @@ def stream_of(tokens: np.ndarray) -> TokenStream:
     for lengths in SHARDS:
         stop = start + sum(lengths)
         none = np.zeros(len(lengths), dtype=np.int64)
-        shards.append(Shard(tokens[start:stop], np.cumsum(lengths), none, none.astype(np.uint8), none))
+        shards.append(Shard(tokens[start:stop], np.cumsum(lengths), none, none, none.astype(np.uint8), none))
         start = stop
     return TokenStream(shards)
 
@@ -54,8 +53,7 @@ def stream(request: pytest.FixtureRequest) -> TokenStream:
 
 @pytest.mark.parametrize("length", [1, 7, 16, TOKENS - 1])
 def test_starts_of_training_samples(stream: TokenStream, length: int):
-    dataset = Dataset(Path(), {"fingerprint": "", "padded_vocab_size": 300}, SimpleNamespace(), {"train": stream})
-    samples = TrainStream(dataset, sequence_length=length, seed=3)
+    samples = TrainStream(SimpleNamespace(stream=lambda split: stream), sequence_length=length, seed=3)
     numbers = range(samples.windows)
     tokens, labels, starts = samples.batch(numbers)
     assert starts.shape == tokens.shape == labels.shape

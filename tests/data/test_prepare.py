@@ -27,7 +27,8 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "lock"}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_progress_tells_each_stage_to_its_end(corpus, make_config, tmp_path):
@@ -57,7 +58,7 @@ def test_the_cache_follows_what_the_data_depend_on(corpus, make_config, tmp_path
 
     first = made()
     fingerprint = open_dataset(first).fingerprint
-    others = [made(held_out=0.4), made(exclude=("top0*",)), made(tokenizer={"vocab_size": 300})]
+    others = [made(held_out=0.4), made(source={"exclude": ["top0*"]}), made(tokenizer={"vocab_size": 300})]
     assert len({first, *others}) == 4
     assert len({fingerprint, *(open_dataset(other).fingerprint for other in others)}) == 4
     assert made(cache_dir=str(tmp_path / "elsewhere")) == first  # where it is kept is not what it is
@@ -87,9 +88,9 @@ def test_odd_files_are_left_out_and_counted(corpus, make_config, tmp_path):
     (corpus / "broken").symlink_to("nowhere")
     dataset = open_dataset(prepare(make_config(), cache=tmp_path / "cache", progress=silent))
     assert len({origin for split in ("train", "held_out") for origin, _ in dataset.documents(split)}) == 12
-    assert list(dataset.manifest["skipped"].values()) == [1, 1, 1, 1, 1]
+    assert list(dataset.manifest["about"]["skipped"]["folder"].values()) == [1, 1, 1, 1, 1]
     (note,) = dataset.notes()
-    assert note.startswith("files left out: 1 (no permission, a broken link")
+    assert note.startswith("folder: documents left out: 1 (no permission, a broken link")
     assert "1 (not UTF-8)" in note
 
 
@@ -120,7 +121,9 @@ def test_too_little_text_is_refused(tmp_path, make_config):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "empty.txt").write_text("")
-    with pytest.raises(DataError, match=r"corpus has no text \(skipped: 1 empty\): give a folder"):
+    with pytest.raises(
+        DataError, match=r"the source folder has no text in .*corpus \(skipped: 1 empty\): give a folder"
+    ):
         prepare(make_config(), cache=tmp_path / "cache", progress=silent)
     (corpus / "alone.txt").write_text("some text")
     with pytest.raises(DataError, match="at least two directories, or two files side by side"):
@@ -141,7 +144,7 @@ def test_a_cache_below_a_file_is_one_clear_sentence(corpus, make_config, tmp_pat
         (errno.EROFS, "the file system is read-only"),
     ],
 )
-@pytest.mark.parametrize("name", ["tokenizer.json", "train-00000.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "train-00000.safetensors", "blocks.safetensors", "manifest.json"])
 def test_a_refused_write_is_one_clear_sentence_and_can_be_taken_up(
     corpus, make_config, tmp_path, monkeypatch, code, sentence, name
 ):
@@ -205,7 +208,7 @@ def test_shards_that_are_whole_are_kept(corpus, make_config, tmp_path, monkeypat
     whole = prepare(make_config(), cache=tmp_path / "cache", progress=silent)
     expected = content(whole.parent)
     whole.unlink()
-    damaged = whole.parent / "train-00001.safetensors"
+    damaged = whole.parent / "folder" / "train-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     written = []
     write_shard = MODULE.write_shard
@@ -278,7 +281,7 @@ def test_two_at_once_make_it_once(corpus, make_config, tmp_path):
 def test_a_damaged_shard_is_made_anew_once_the_folder_is_deleted(corpus, make_config, tmp_path):
     path = prepare(make_config(), cache=tmp_path / "cache", progress=silent)
     fingerprint = open_dataset(path).fingerprint
-    (path.parent / "train-00000.safetensors").write_bytes(b"")
+    (path.parent / "folder" / "train-00000.safetensors").write_bytes(b"")
     with pytest.raises(DataError, match=f"delete the folder {path.parent} and prepare the data again"):
         open_dataset(path)
     shutil.rmtree(path.parent)

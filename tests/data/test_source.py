@@ -14,7 +14,8 @@ from k2train.paths import config_dir
 
 
 def listed(config: DataConfig, cache: Path = Path("/nowhere")) -> Corpus:
-    return find_corpus(config, apart_from=cache)
+    (name,) = config.sources
+    return find_corpus(config, name, apart_from=cache)
 
 
 def origins(found: Corpus) -> list[str]:
@@ -57,8 +58,10 @@ def test_listing_is_sorted_and_follows_the_patterns(corpus, make_config):
     found = origins(listed(make_config()))
     assert found == sorted(found)
     assert len(found) == 12
-    assert origins(listed(make_config(include=("folder1/*",)))) == [f"folder1/deep{n}.txt" for n in (1, 3, 5)]
-    assert origins(listed(make_config(exclude=("top*", "folder0/*", ".*", "*/.*", "runs/*", "a/*")))) == [
+    assert origins(listed(make_config(source={"include": ["folder1/*"]}))) == [
+        f"folder1/deep{n}.txt" for n in (1, 3, 5)
+    ]
+    assert origins(listed(make_config(source={"exclude": ["top*", "folder0/*", ".*", "*/.*", "runs/*", "a/*"]}))) == [
         f"folder1/deep{n}.txt" for n in (1, 3, 5)
     ]
 
