@@ -56,4 +56,4 @@ def test_the_losses_of_a_run_are_those_of_its_documents(runner, corpus, masked):
         assert starts.max() > 0
         own, other = (mean_loss(tokens, labels, given) for given in ((starts, None) if masked else (None, starts)))
         assert math.isclose(record[key], own, abs_tol=2e-6)
-        assert abs(own - other) > 1e-4
+        assert abs(own - other) > 2e-5  # ten times what rounding may do
