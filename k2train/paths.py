@@ -56,6 +56,16 @@ class RunPaths:
         return self.root / "logs"
 
     @property
+    def lock(self) -> Path:
+        """Held by the one process that may write here."""
+        return self.root / "lock"
+
+    @property
+    def exit_status(self) -> Path:
+        """How the last start ended (see ``k2train.status``), for scripts that see torchrun's status alone."""
+        return self.root / "exit_status"
+
+    @property
     def curves(self) -> Path:
         """Picture of the metrics."""
         return self.root / "curves.png"
@@ -115,9 +125,11 @@ REMEDIES = {
 }
 
 
-def explain_oserror(error: OSError) -> str:
-    """One sentence: which path, what happened, what to do."""
+def explain_oserror(error: OSError, *, remedy: bool = True) -> str:
+    """One sentence: which path, what happened, and, for who has to start again, what to do."""
     reason = REMEDIES.get(error.errno or 0, (error.strerror or str(error) or type(error).__name__).lower())
+    if not remedy:
+        reason = reason.partition(";")[0]
     return f"{error.filename}: {reason}" if error.filename else reason
 
 

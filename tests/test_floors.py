@@ -13,6 +13,7 @@ FLOORS = {
     "k2train": 0,  # the version
     "k2train.config": 0,
     "k2train.comm": 0,
+    "k2train.lock": 0,
     "k2train.paths": 0,
     "k2train.status": 0,
     "k2train.units": 0,
@@ -41,6 +42,7 @@ ONLY_IN = {
 }
 WITHOUT_TORCH = [
     "k2train.config",
+    "k2train.lock",
     "k2train.paths",
     "k2train.status",
     "k2train.units",

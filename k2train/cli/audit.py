@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,28 +50,32 @@ def run(config: RunConfig) -> int:
     log = paths.logs / f"rank-{rank}.log"
     streams = quiet(log, rank=rank, world_size=world_size)
     try:
-        return _audit(config, paths, streams, first=rank == 0)
+        return _audit(config, paths, streams)
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error, rank=rank, world_size=world_size, log_path=log, stderr=streams.err)
 
 
-def _audit(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -> int:
+def _audit(config: RunConfig, paths: RunPaths, streams: Quiet) -> int:
     from muonclip.audit import exchanges
 
-    from k2train.comm import close_world, open_world
+    from k2train.comm import close_world, main_first, open_store, open_world
 
-    manifest = prepare_data(config, streams) if first else None
+    limit = timedelta(seconds=config.faults.hang_after)
+    store = open_store(limit)
+    manifest = main_first(
+        store, lambda alive: prepare_data(config, streams, alive), what="preparing the data", limit=limit
+    )
     from k2train.train.audit import audit, placements
     from k2train.train.trainer import Trainer
 
     without_shm_comm()
-    world = open_world(config.train.device)
+    world = open_world(config.train.device, store=store, timeout=limit)
 
     def say(text: str) -> None:
         if world.main:
             print(text, file=streams.out)
 
-    trainer = Trainer(config, manifest or prepare_data(config, None), world=world, paths=paths, say=say)
+    trainer = Trainer(config, manifest, world=world, paths=paths, say=say)
     where = placements(trainer)
     rows = audit(trainer)
     if world.main:

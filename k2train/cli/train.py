@@ -8,21 +8,31 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
+from k2train import status
 from k2train.cli.progress import PrepareProgress
 from k2train.config import ConfigError, RunConfig, to_dict
 from k2train.config.compare import changed_settings
+from k2train.lock import held_alone
 from k2train.paths import RunPaths, atomic_write, cache_dir
-from k2train.train.failures import report_failure
+from k2train.train.failures import report_failure, report_hang
 from k2train.train.quiet import Quiet, quiet, without_shm_comm
+from k2train.train.signals import Signals, Stopped
+from k2train.train.watchdog import Watchdog, beat
 
 if TYPE_CHECKING:
     from k2train.train.trainer import Trainer
     from k2train.train.validate import HeldOutLoss
+
+# Seconds for the process of an earlier start, on its way out, to leave the run's folder.
+PATIENCE = 5.0
+BUSY = "trains here; wait for it to end, stop it, or give this run another name, as in name=second"
 
 
 def run(config: RunConfig) -> int:
@@ -30,7 +40,7 @@ def run(config: RunConfig) -> int:
 
     Raises:
         ConfigError: the config does not fit this number of processes, or the run of this name has other settings.
-        OSError: the run's folder cannot be written.
+        OSError: the run's folder cannot be written, or another process trains in it.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     paths = RunPaths(Path(config.runs_dir).expanduser() / config.name)
@@ -39,19 +49,35 @@ def run(config: RunConfig) -> int:
     if paths.summary.exists():
         if rank == 0:
             _show_finished(paths)
-        return 0
+        return status.OK
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        atomic_write(paths.config, json.dumps(to_dict(config), indent=2) + "\n")
+    with held_alone(paths.lock, patience=PATIENCE, busy=BUSY) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            paths.exit_status.unlink(missing_ok=True)
+            atomic_write(paths.config, json.dumps(to_dict(config), indent=2) + "\n")
+        ended = _run(config, paths, rank=rank, world_size=world_size)
+        if rank == 0:
+            with contextlib.suppress(OSError):  # on a full disk whoever reads it finds none: the run has failed
+                atomic_write(paths.exit_status, f"{ended}\n")
+    return ended
+
+
+def _run(config: RunConfig, paths: RunPaths, *, rank: int, world_size: int) -> int:
+    """Trains, whatever happens meanwhile; returns the exit status."""
     log = paths.logs / f"rank-{rank}.log"
-    streams = quiet(
-        log, rank=rank, world_size=world_size
-    )  # to the end of the process: libraries print on their way out
-    try:
-        _train(config, paths, streams, first=rank == 0)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, rank=rank, world_size=world_size, log_path=log, stderr=streams.err)
-    return 0
+    # To the end of the process: libraries print on their way out.
+    streams = quiet(log, rank=rank, world_size=world_size)
+
+    def hung(sentence: str) -> NoReturn:
+        os._exit(report_hang(sentence, rank=rank, world_size=world_size, log_path=log, stderr=streams.err))
+
+    with Signals() as signals, Watchdog(config.faults.hang_after, stacks=log.with_suffix(".stacks"), hung=hung):
+        try:
+            _train(config, paths, streams, signals)
+        except (Exception, Stopped) as error:
+            signals.ignore()
+            return report_failure(error, rank=rank, world_size=world_size, log_path=log, stderr=streams.err)
+    return status.OK
 
 
 def _other_settings(config: RunConfig, paths: RunPaths) -> list[str]:
@@ -75,17 +101,27 @@ def _show_finished(paths: RunPaths) -> None:
     console.print(summary_table(summary))
 
 
-def _train(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -> None:
-    from k2train.comm import close_world, open_world
+def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals) -> None:
+    from k2train.comm import close_world, main_first, open_store, open_world
 
-    # Rank 0 alone, while the others wait for it to open the world; then they find the data prepared.
-    manifest = prepare_data(config, streams) if first else None
+    limit = timedelta(seconds=config.faults.hang_after)
+    beat("meeting the other ranks")
+    store = open_store(limit)
+    waiting = "waiting for rank 0 to prepare the data"
+    manifest = main_first(
+        store,
+        lambda alive: prepare_data(config, streams, alive),
+        what="preparing the data",
+        limit=limit,
+        idle=lambda: beat(waiting),
+    )
+    beat("starting DeepSpeed")
     from k2train.train.terminal import Terminal
     from k2train.train.track import Tracker
     from k2train.train.trainer import Trainer
 
     without_shm_comm()
-    world = open_world(config.train.device)
+    world = open_world(config.train.device, store=store, timeout=2 * limit)  # the watchdog, with its stacks, is first
     terminal = Terminal(
         name=config.name,
         steps=config.steps,
@@ -93,7 +129,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
         stream=streams.out,
         enabled=world.main,
     )
-    manifest = manifest or prepare_data(config, None)
+    beat("building the model")
     trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say)
     with contextlib.ExitStack() as stack:
         listeners: list[Terminal | Tracker] = [terminal]
@@ -110,13 +146,26 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, *, first: bool) -
     close_world()
 
 
-def prepare_data(config: RunConfig, streams: Quiet | None) -> Path:
-    """The manifest of the run's data, made if need be; says so to the person where ``streams`` are given."""
+def prepare_data(config: RunConfig, streams: Quiet, alive: Callable[[], None]) -> Path:
+    """The manifest of the run's data, made if need be; rank 0 shows how far it is.
+
+    Args:
+        config: of the run.
+        streams: the person's.
+        alive: called whenever the work gets on.
+    """
     from k2train.data import open_dataset, prepare
 
-    with PrepareProgress(streams.out if streams else sys.stdout, enabled=streams is not None) as progress:
+    main = os.environ.get("RANK", "0") == "0"
+    with PrepareProgress(streams.out, enabled=main) as show:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            beat(f"preparing the data ({stage})")
+            alive()
+            show(stage, done, total)
+
         manifest = prepare(config.data, cache=cache_dir(config.data.cache_dir), progress=progress)
-    if streams:
+    if main:
         for note in open_dataset(manifest).notes():
             print(note, file=streams.out)
     return manifest

@@ -8,9 +8,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
-# A rank may prepare data or write a checkpoint while the others wait in a collective.
+# How long ranks wait for each other where nothing else is said.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -30,16 +31,31 @@ class World:
         return self.rank == 0
 
 
-def open_world(device: str) -> World:
+def open_store(timeout: timedelta = TIMEOUT) -> Store:
+    """Where ranks leave words for each other before there is a process group: the store that torchrun keeps, or rank 0.
+
+    Args:
+        timeout: for the ranks to find it.
+    """
+    rank, size = _place()
+    if size == 1:
+        return HashStore()
+    store: Store = next(rendezvous("env://", rank, size, timeout=timeout))[0]
+    return store
+
+
+def open_world(device: str, *, store: Store | None = None, timeout: timedelta = TIMEOUT) -> World:
     """Joins the process group that torchrun's environment describes, or makes one of a single process.
 
     Args:
         device: ``cpu``, ``cuda`` or ``auto`` (cuda where torch sees one).
+        store: of ``open_store``, if it has been opened.
+        timeout: of each collective: a rank that waits longer for another fails.
 
     Raises:
         ValueError: cuda is asked for and not there, or a node has fewer GPUs than processes.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = _place()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cpu":
@@ -47,10 +63,8 @@ def open_world(device: str) -> World:
     else:
         place, backend = _gpu(local_rank, local_size), "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        if size == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-        else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+        store = store or open_store(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, local_size, place)
 
 
@@ -58,6 +72,11 @@ def close_world() -> None:
     """Leaves the process group; does nothing outside of one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _gpu(local_rank: int, local_size: int) -> torch.device:

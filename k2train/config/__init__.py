@@ -8,6 +8,7 @@ from k2train.config.parse import ConfigError, parse, to_dict
 from k2train.config.schema import (
     CheckpointConfig,
     DataConfig,
+    FaultsConfig,
     GenerateConfig,
     ModelConfig,
     OptimConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "FaultsConfig",
     "GenerateConfig",
     "ModelConfig",
     "OptimConfig",

@@ -17,6 +17,7 @@ HARMLESS = (
     "parallel",
     "validate",
     "checkpoint",
+    "faults",
     "track",
     "generate",
 )

@@ -291,6 +291,13 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """How long a run waits before it gives up."""
+
+    hang_after: float = rule(above=0)  # seconds in which nothing goes on: stacks to logs/, and the process ends
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackConfig:
     """Where metrics go beside the local metrics.jsonl."""
 
@@ -325,6 +332,7 @@ class RunConfig:
     parallel: ParallelConfig = rule()
     validate: ValidateConfig = rule()
     checkpoint: CheckpointConfig = rule()
+    faults: FaultsConfig = rule()
     track: TrackConfig = rule()
     generate: GenerateConfig = rule()  # the sample of text at the end of the run
 

@@ -34,6 +34,8 @@ LOST_PEER = (
     "remote process exited",
     "peer closed",
     "timed out waiting",
+    "timed out after",
+    "wait timeout",
     "connection was likely closed",
     "ncclremoteerror",
 )

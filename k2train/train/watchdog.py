@@ -24,8 +24,17 @@ TICK = 1.0
 LONGEST = 3.0  # ticks that a gap counts for at most
 
 
+_current: Watchdog | None = None  # there is one process to watch, and one to watch it
+
+
+def beat(phase: str) -> None:
+    """There was progress; ``phase`` is what the process does from now on. Of no effect where nothing watches."""
+    if _current is not None:
+        _current.beat(phase)
+
+
 class Watchdog:
-    """Watches from ``with`` on; ``beat`` says that there was progress, and what comes next."""
+    """Watches from ``with`` on, and is meanwhile the one that ``beat`` speaks to."""
 
     def __init__(
         self,
@@ -49,10 +58,12 @@ class Watchdog:
         self._done = threading.Event()
 
     def beat(self, phase: str) -> None:
-        """There was progress; ``phase`` is what the process does from now on."""
+        """See the function of this name."""
         self._beat = (phase,)  # a new object each time: that it is another one is what the thread looks for
 
     def __enter__(self) -> Watchdog:
+        global _current
+        _current = self
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -60,6 +71,8 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        global _current
+        _current = None
         self._done.set()
         self._thread.join()
 
