@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
         if manifest_path.is_file():
             return manifest_path
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / LOCK_NAME, progress):
+        with _alone(folder / LOCK_NAME, progress) as progress:
             if not manifest_path.is_file():
                 manifest = _make(config, corpora, folder, progress)
                 _remove_leftovers(folder, manifest)
@@ -277,14 +278,26 @@ def _remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _alone(path: Path, progress: Progress) -> Iterator[None]:
-    """Holds a lock that the operating system releases when the process ends, however it ends."""
-    with path.open("w") as file:
+def _alone(path: Path, progress: Progress) -> Iterator[Progress]:
+    """Holds a lock that the operating system releases when the process ends, however it ends.
+
+    Who holds it touches its file at every progress, told by way of what this yields. Who waits tells of ``wait`` at each
+    of these, and of nothing if nothing goes on there: whoever is told decides how long to wait.
+    """
+    with path.open("a") as file:
+        seen = None
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                progress("wait", 0, 1)
+                if (touched := os.fstat(file.fileno()).st_mtime_ns) != seen:
+                    progress("wait", 0, 1)
+                seen = touched
                 time.sleep(0.2)
-        yield
+
+        def touching(stage: str, done: int, total: int) -> None:
+            os.utime(file.fileno())
+            progress(stage, done, total)
+
+        yield touching

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -306,3 +307,20 @@ def test_the_whole_standard_library_comes_back_and_five_percent_of_it_are_held_o
             assert text == (Path(sysconfig.get_path("stdlib")) / origin).read_bytes(), origin
     held_out, train = dataset.bytes("held_out"), dataset.bytes("train")
     assert 0.045 < held_out / (held_out + train) <= 0.05
+
+
+def test_who_waits_is_told_only_while_the_other_gets_on(tmp_path):
+    waits: list[str] = []
+    with MODULE._alone(tmp_path / "lock", silent) as touching:
+        other = threading.Thread(
+            target=lambda: MODULE._alone(tmp_path / "lock", lambda *call: waits.append(call[0])).__enter__(),
+            daemon=True,
+        )
+        other.start()
+        time.sleep(1)
+        assert waits == ["wait"]  # five looks, and nothing went on
+        for _ in range(5):
+            touching("read", 1, 1)
+            time.sleep(0.3)
+        assert len(waits) > 3
+    other.join(5)
