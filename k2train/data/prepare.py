@@ -281,8 +281,8 @@ def _remove_leftovers(folder: Path, manifest: dict[str, Any]) -> None:
 def _alone(path: Path, progress: Progress) -> Iterator[Progress]:
     """Holds a lock that the operating system releases when the process ends, however it ends.
 
-    Who holds it touches its file at every progress, told by way of what this yields. Who waits tells of ``wait`` at each
-    of these, and of nothing if nothing goes on there: whoever is told decides how long to wait.
+    Who holds it touches its file at every progress, told by way of what this yields. Who waits tells of ``wait`` at
+    each of these, and of nothing if nothing goes on there: whoever is told decides how long to wait.
     """
     with path.open("a") as file:
         seen = None
