@@ -19,7 +19,13 @@ BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def clock() -> float:
-    """Seconds: of the processor with one thread, so that other work on the machine counts less; else of the wall."""
+    """Seconds: of the processor with one thread, so that other work on the machine counts less; else of the wall.
+
+    With a GPU in use, of the wall once it has nothing left to do.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -51,9 +57,10 @@ def interleaved(contestants: Mapping[str, Callable[[int], object]], *, rounds: i
     return seconds
 
 
-def gemm_peak(dtype: torch.dtype, *, size: int = 1024, rounds: int = 15) -> float:
+def gemm_peak(dtype: torch.dtype, *, device: str = "cpu", rounds: int = 15) -> float:
     """FLOP/s of the best of several square matrix products: what this machine and these threads can do at most."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    size = 1024 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
     best = math.inf
     for _ in range(rounds):
@@ -67,6 +74,8 @@ def machine(*packages: str) -> str:
     """Processor, cores, threads and versions: what stands above every table."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    if torch.cuda.is_initialized():
+        names = [f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; host {names[0] if names else 'unknown'}"]
     versions = [f"torch {torch.__version__}"]
     for package in packages:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -2,6 +2,7 @@
 
     python benchmarks/model_step.py --model base --vocabulary 8192 --batch 4 --length 512 --threads 1
     python benchmarks/model_step.py --model base --vocabulary 8192 --batch 4 --length 512 --memory
+    python benchmarks/model_step.py --model moonlight-16b model.num_hidden_layers=3 --batch 2 --length 4096 --device cuda
 
 Both models have the same weights and read the same tokens, new ones in each round: the forward pass, the loss, the
 backward pass and a step of torch's fused AdamW. transformers runs with its fastest settings for a CPU, sdpa attention
@@ -9,7 +10,7 @@ and grouped_mm experts. In a round each makes one step, in random order; printed
 in a round, and the share of the FLOP/s that square matrix products reach.
 
 With --memory each runs alone in a process of its own, and the peak of its resident memory is compared, from before the
-weights are made.
+weights are made; with --device cuda, of the memory that torch had allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ OURS, THEIRS = "k2train", "transformers"
 Step = Callable[[int], object]
 
 
-def model_config(name: str, *, vocabulary: int = 4096) -> ModelConfig:
+def model_config(name: str, *overrides: str, vocabulary: int = 4096) -> ModelConfig:
     """Of ``configs/model``; where the tokenizer would decide the size of the vocabulary, it is ``vocabulary``."""
-    config = parse(RunConfig, compose(TRAIN, [f"model={name}"])).model
+    config = parse(RunConfig, compose(TRAIN, [f"model={name}", *overrides])).model
     return config if config.vocab_size else dataclasses.replace(config, vocab_size=vocabulary)
 
 
-def transformers_model(config: ModelConfig, dtype: torch.dtype) -> Any:
+def transformers_model(config: ModelConfig, dtype: torch.dtype, *, device: str = "cpu") -> Any:
     """The same architecture in transformers."""
     import transformers
 
@@ -58,7 +59,8 @@ def transformers_model(config: ModelConfig, dtype: torch.dtype) -> Any:
         experts_implementation="grouped_mm",
         use_cache=False,
     )
-    return transformers.DeepseekV3ForCausalLM(theirs).to(dtype).train()
+    with torch.device(device):
+        return transformers.DeepseekV3ForCausalLM(theirs).to(dtype).train()
 
 
 @torch.no_grad()
@@ -88,7 +90,7 @@ def our_step(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(number: int) -> float:
-        tokens_BT = tokens(model.config, batch=batch, length=length, number=number)
+        tokens_BT = tokens(model.config, batch=batch, length=length, number=number).to(model.head_weight.device)
         labels_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1), value=-100)
         loss_BT, _ = model(tokens_BT, labels_BT)
         loss = loss_BT.sum() / (batch * (length - 1))
@@ -105,7 +107,7 @@ def their_step(model: Any, config: ModelConfig, *, batch: int, length: int) -> S
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(number: int) -> float:
-        tokens_BT = tokens(config, batch=batch, length=length, number=number)
+        tokens_BT = tokens(config, batch=batch, length=length, number=number).to(model.device)
         loss = model(input_ids=tokens_BT, labels=tokens_BT).loss
         loss.backward()
         optimizer.step()
@@ -126,12 +128,12 @@ def flops(config: ModelConfig, *, batch: int, length: int) -> float:
 
 
 def time_steps(
-    config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, batch: int, length: int, rounds: int
+    config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, device: str, batch: int, length: int, rounds: int
 ) -> None:
     """Prints a table."""
-    ours = build_model(config, seed=0, dtype=dtype)
+    ours = build_model(config, seed=0, dtype=dtype, device=device)
     ours.checkpoint_activations(checkpointing)
-    theirs = transformers_model(config, dtype)
+    theirs = transformers_model(config, dtype, device=device)
     copy_weights(ours, theirs)
     steps = {
         OURS: our_step(ours.train(), batch=batch, length=length),
@@ -140,7 +142,7 @@ def time_steps(
     first = {name: step(0) for name, step in steps.items()}
     print(f"The loss of the first step: {first[OURS]:.6f} and {first[THEIRS]:.6f}.\n")
     seconds = interleaved(steps, rounds=rounds)
-    peak, work = gemm_peak(dtype), flops(config, batch=batch, length=length)
+    peak, work = gemm_peak(dtype, device=device), flops(config, batch=batch, length=length)
     print("| | ms a step | tokens/s | share of the GEMM peak |\n| --- | ---: | ---: | ---: |")
     for name, found in seconds.items():
         median = statistics.median(found)
@@ -150,20 +152,22 @@ def time_steps(
 
 
 def peak_memory(
-    name: str, config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, batch: int, length: int
+    name: str, config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, device: str, batch: int, length: int
 ) -> int:
     """Bytes that four steps of one of the two need beyond what the imports took."""
     import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if name == OURS:
-        model = build_model(config, seed=0, dtype=dtype).train()
+        model = build_model(config, seed=0, dtype=dtype, device=device).train()
         model.checkpoint_activations(checkpointing)
         step = our_step(model, batch=batch, length=length)
     else:
-        step = their_step(transformers_model(config, dtype), config, batch=batch, length=length)
+        step = their_step(transformers_model(config, dtype, device=device), config, batch=batch, length=length)
     for number in range(4):
         step(number)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
@@ -174,22 +178,28 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096, help="of models whose tokenizer would decide it")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if BFLOAT16 else "fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="bf16 where the device has its products, else fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none", help="k2train's")
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead of time")
     parser.add_argument("--memory-of", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="model.key=value", help="of the model's config")
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
-    config = model_config(arguments.model, vocabulary=arguments.vocabulary)
-    dtype, checkpointing = DTYPES[arguments.dtype], arguments.checkpointing
-    sizes = {"batch": arguments.batch, "length": arguments.length}
+    config = model_config(arguments.model, *arguments.overrides, vocabulary=arguments.vocabulary)
+    device, checkpointing = arguments.device, arguments.checkpointing
+    dtype_name = arguments.dtype or ("bf16" if BFLOAT16 or device == "cuda" else "fp32")
+    dtype = DTYPES[dtype_name]
+    if device == "cuda":
+        torch.cuda.init()
+    sizes = {"device": device, "batch": arguments.batch, "length": arguments.length}
     if arguments.memory_of:
         print(peak_memory(arguments.memory_of, config, dtype, checkpointing, **sizes))
         return
     parameters = sum(p.numel() for p in build_model(config, seed=0, device="meta").parameters())
-    print(f"{machine('transformers')}\n\n{arguments.model} ({parameters / 1e6:.1f} M parameters), {arguments.dtype}, ")
+    print(f"{machine('transformers')}\n\n{' '.join([arguments.model, *arguments.overrides])} ({parameters / 1e6:.1f} M parameters), {dtype_name}, ")
     print(f"batch {arguments.batch}, T {arguments.length}, checkpointing {checkpointing}.")
     if arguments.memory:
         found = {}
