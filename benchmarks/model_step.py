@@ -30,7 +30,7 @@ from measure import BFLOAT16, gemm_peak, interleaved, interval, machine
 from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
 from k2train.config import ModelConfig, RunConfig, parse
-from k2train.model import Transformer, build_model
+from k2train.model import Transformer, build_model, compile_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS, THEIRS = "k2train", "transformers"
@@ -127,16 +127,24 @@ def flops(config: ModelConfig, *, batch: int, length: int) -> float:
     return 3 * batch * length * (2 * weights + config.num_hidden_layers * heads * length)
 
 
+def our_model(
+    config: ModelConfig, dtype: torch.dtype, *, device: str, checkpointing: str, compiled: bool
+) -> Transformer:
+    model = build_model(config, seed=0, dtype=dtype, device=device).train()
+    model.checkpoint_activations(checkpointing)
+    if compiled:
+        compile_parts(model)
+    return model
+
+
 def time_steps(
-    config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, device: str, batch: int, length: int, rounds: int
+    ours: Transformer, config: ModelConfig, dtype: torch.dtype, *, device: str, batch: int, length: int, rounds: int
 ) -> None:
     """Prints a table."""
-    ours = build_model(config, seed=0, dtype=dtype, device=device)
-    ours.checkpoint_activations(checkpointing)
     theirs = transformers_model(config, dtype, device=device)
     copy_weights(ours, theirs)
     steps = {
-        OURS: our_step(ours.train(), batch=batch, length=length),
+        OURS: our_step(ours, batch=batch, length=length),
         THEIRS: their_step(theirs, config, batch=batch, length=length),
     }
     first = {name: step(0) for name, step in steps.items()}
@@ -152,18 +160,16 @@ def time_steps(
 
 
 def peak_memory(
-    name: str, config: ModelConfig, dtype: torch.dtype, checkpointing: str, *, device: str, batch: int, length: int
+    ours: Callable[[], Transformer] | None, config: ModelConfig, dtype: torch.dtype, *, device: str, **sizes: int
 ) -> int:
-    """Bytes that four steps of one of the two need beyond what the imports took."""
+    """Bytes that four steps of ``ours``, or else of transformers' model, need beyond what the imports took."""
     import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if name == OURS:
-        model = build_model(config, seed=0, dtype=dtype, device=device).train()
-        model.checkpoint_activations(checkpointing)
-        step = our_step(model, batch=batch, length=length)
+    if ours:
+        step = our_step(ours(), **sizes)
     else:
-        step = their_step(transformers_model(config, dtype, device=device), config, batch=batch, length=length)
+        step = their_step(transformers_model(config, dtype, device=device), config, **sizes)
     for number in range(4):
         step(number)
     if device == "cuda":
@@ -183,24 +189,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none", help="k2train's")
+    parser.add_argument("--compile", action="store_true", help="k2train's parts by torch.compile")
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead of time")
     parser.add_argument("--memory-of", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="model.key=value", help="of the model's config")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     config = model_config(arguments.model, *arguments.overrides, vocabulary=arguments.vocabulary)
-    device, checkpointing = arguments.device, arguments.checkpointing
+    device = arguments.device
     dtype_name = arguments.dtype or ("bf16" if BFLOAT16 or device == "cuda" else "fp32")
     dtype = DTYPES[dtype_name]
     if device == "cuda":
         torch.cuda.init()
-    sizes = {"device": device, "batch": arguments.batch, "length": arguments.length}
+    sizes = {"batch": arguments.batch, "length": arguments.length}
+
+    def ours() -> Transformer:
+        own = {"checkpointing": arguments.checkpointing, "compiled": arguments.compile}
+        return our_model(config, dtype, device=device, **own)
+
     if arguments.memory_of:
-        print(peak_memory(arguments.memory_of, config, dtype, checkpointing, **sizes))
+        print(peak_memory(ours if arguments.memory_of == OURS else None, config, dtype, device=device, **sizes))
         return
     parameters = sum(p.numel() for p in build_model(config, seed=0, device="meta").parameters())
-    print(f"{machine('transformers')}\n\n{' '.join([arguments.model, *arguments.overrides])} ({parameters / 1e6:.1f} M parameters), {dtype_name}, ")
-    print(f"batch {arguments.batch}, T {arguments.length}, checkpointing {checkpointing}.")
+    print(
+        f"{machine('transformers')}\n\n{' '.join([arguments.model, *arguments.overrides])} ({parameters / 1e6:.1f} M parameters), {dtype_name}, "
+    )
+    print(
+        f"batch {arguments.batch}, T {arguments.length}, checkpointing {arguments.checkpointing}"
+        f"{', compiled' if arguments.compile else ''}."
+    )
     if arguments.memory:
         found = {}
         for name in (OURS, THEIRS):
@@ -209,7 +226,7 @@ def main() -> None:
             print(f"{name}: {found[name] / 2**20:.0f} MiB")
         print(f"k2train needs {found[OURS] / found[THEIRS]:.2f} of the memory.")
     else:
-        time_steps(config, dtype, checkpointing, **sizes, rounds=arguments.rounds)
+        time_steps(ours(), config, dtype, device=device, **sizes, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":
