@@ -2,7 +2,7 @@
 
     python benchmarks/model_step.py --model base --vocabulary 8192 --batch 4 --length 512 --threads 1
     python benchmarks/model_step.py --model base --vocabulary 8192 --batch 4 --length 512 --memory
-    python benchmarks/model_step.py --model moonlight-16b model.num_hidden_layers=3 --batch 2 --length 4096 --device cuda
+    python benchmarks/model_step.py --model moonlight-16b model.num_hidden_layers=3 --length 4096 --device cuda
 
 Both models have the same weights and read the same tokens, new ones in each round: the forward pass, the loss, the
 backward pass and a step of torch's fused AdamW. transformers runs with its fastest settings for a CPU, sdpa attention
@@ -211,13 +211,12 @@ def main() -> None:
         print(peak_memory(ours if arguments.memory_of == OURS else None, config, dtype, device=device, **sizes))
         return
     parameters = sum(p.numel() for p in build_model(config, seed=0, device="meta").parameters())
+    print(f"{machine('transformers')}\n")
     print(
-        f"{machine('transformers')}\n\n{' '.join([arguments.model, *arguments.overrides])} ({parameters / 1e6:.1f} M parameters), {dtype_name}, "
+        f"{' '.join([arguments.model, *arguments.overrides])} ({parameters / 1e6:.1f} M parameters), {dtype_name}, batch "
     )
-    print(
-        f"batch {arguments.batch}, T {arguments.length}, checkpointing {arguments.checkpointing}"
-        f"{', compiled' if arguments.compile else ''}."
-    )
+    settings = f"checkpointing {arguments.checkpointing}{', compiled' if arguments.compile else ''}"
+    print(f"{arguments.batch}, T {arguments.length}, {settings}.")
     if arguments.memory:
         found = {}
         for name in (OURS, THEIRS):

@@ -12,21 +12,32 @@ from torch import Tensor
 
 IGNORE = -100  # a label that is not to be predicted, as in torch and transformers
 # Logits of a chunk of tokens. On a CPU 4 MiB in fp32, which stay in cache and are allocated without fresh pages; on a
-# GPU 512 MiB, so that products are large enough for it (a GPU took 27 times as long for a step with CPU's chunks).
+# GPU 512 MiB, as its products must be large to be fast.
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 2**20, 2**27
-# Logits that may be kept for the backward pass (64 MiB in fp32); when there are more in all, none are.
-KEPT_LOGITS = 2**24
+# Logits that may be kept for the backward pass (64 MiB in fp32; on a GPU 4 GiB in bf16); of more, none are.
+KEPT_LOGITS, KEPT_LOGITS_GPU = 2**24, 2**31
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a b``, where the product may be of a narrower dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:  # in one kernel, and the product is not rounded before the sum
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int) -> Tensor:
         target_N1 = labels_N.clamp(min=0)[:, None]
-        keep = any(ctx.needs_input_grad) and len(x_ND) * len(weight_VD) <= KEPT_LOGITS
+        most = KEPT_LOGITS_GPU if x_ND.is_cuda else KEPT_LOGITS
+        keep = any(ctx.needs_input_grad) and len(x_ND) * len(weight_VD) <= most
         parts, kept = [], []
         for x, target in zip(torch.split(x_ND, rows), torch.split(target_N1, rows), strict=True):
             logits = torch.mm(x, weight_VD.t())
@@ -48,13 +59,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunks = (torch.split(tensor, ctx.rows) for tensor in (x_ND, target_N1, grad_N1, grad_x))
         for number, (x, target, grad, out) in enumerate(zip(*chunks, strict=True)):
             logits = kept[number] if kept else torch.mm(x, weight_VD.t())
-            # d loss / d logits = softmax - one-hot(label)
-            grad_logits = logits.softmax(-1, dtype=_wide(x)).mul_(grad).scatter_add_(1, target, -grad).to(x.dtype)
+            # d loss / d logits = softmax - one-hot(label), rounded once
+            shares = logits.softmax(-1, dtype=_wide(x))
+            at_target = shares.gather(1, target).sub_(1).mul_(grad).to(x.dtype)
+            grad_logits = torch.mul(shares, grad, out=shares if shares.dtype == x.dtype else torch.empty_like(logits))
+            grad_logits.scatter_(1, target, at_target)
             torch.mm(grad_logits, weight_VD, out=out)
-            if x.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad_logits.t(), x)
-            else:
-                grad_weight.add_(torch.mm(grad_logits.t(), x))
+            _add_product_(grad_weight, grad_logits.t(), x)
         return grad_x, grad_weight.to(weight_VD.dtype), None, None
 
 

@@ -22,7 +22,7 @@ def k2train(folder: Path, command: str, *words: str) -> subprocess.CompletedProc
     own += ["data.tokenizer.vocab_size=512", f"runs_dir={folder}", "track.wandb=off", "track.log_every=1"]
     return subprocess.run(
         [sys.executable, "-m", "k2train", command, *own, *words],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'optim'}"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "optim"), *sys.path])},
         capture_output=True,
         text=True,
         timeout=600,
