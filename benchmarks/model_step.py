@@ -211,12 +211,10 @@ def main() -> None:
         print(peak_memory(ours if arguments.memory_of == OURS else None, config, dtype, device=device, **sizes))
         return
     parameters = sum(p.numel() for p in build_model(config, seed=0, device="meta").parameters())
-    print(f"{machine('transformers')}\n")
-    print(
-        f"{' '.join([arguments.model, *arguments.overrides])} ({parameters / 1e6:.1f} M parameters), {dtype_name}, batch "
-    )
+    name = " ".join([arguments.model, *arguments.overrides])
     settings = f"checkpointing {arguments.checkpointing}{', compiled' if arguments.compile else ''}"
-    print(f"{arguments.batch}, T {arguments.length}, {settings}.")
+    print(f"{machine('transformers')}\n\n{name} ({parameters / 1e6:.1f} M parameters), {dtype_name}, ")
+    print(f"batch {arguments.batch}, T {arguments.length}, {settings}.")
     if arguments.memory:
         found = {}
         for name in (OURS, THEIRS):

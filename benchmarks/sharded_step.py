@@ -38,7 +38,7 @@ from muonclip import MuonClip, QKClip, split_parameters
 from k2train.config import ModelConfig
 from k2train.model import build_model
 from k2train.train.engine import MUON_ROLES
-from k2train.train.quiet import without_shm_comm
+from k2train.train.quiet import import_deepspeed
 from k2train.train.zero import shards
 
 FLOOR = "SGD"
@@ -130,7 +130,7 @@ def worker(rank: int, store: str, config: ModelConfig, arguments: argparse.Names
     torch.set_num_threads(1)
     torch._dynamo.config.disable = True
     deepspeed_muon.ns_compute_dtype = lambda method="gram": torch.float32
-    without_shm_comm()
+    import_deepspeed("cpu")
     os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed wants to know
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)

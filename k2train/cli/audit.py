@@ -19,7 +19,7 @@ from k2train.cli.train import prepare_data
 from k2train.config import ConfigError, RunConfig
 from k2train.paths import RunPaths
 from k2train.train.failures import report_failure
-from k2train.train.quiet import Quiet, quiet, without_shm_comm
+from k2train.train.quiet import Quiet, import_deepspeed, quiet
 from k2train.units import memory
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def _audit(config: RunConfig, paths: RunPaths, streams: Quiet) -> int:
     manifest = main_first(
         store, lambda alive: prepare_data(config, streams, alive), what="preparing the data", limit=limit
     )
+    import_deepspeed(config.train.device)
     from k2train.train.audit import audit, placements
     from k2train.train.trainer import Trainer
 
-    without_shm_comm()
     world = open_world(config.train.device, store=store, timeout=limit)
 
     def say(text: str) -> None:

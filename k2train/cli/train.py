@@ -22,7 +22,7 @@ from k2train.config.compare import changed_settings
 from k2train.lock import held_alone
 from k2train.paths import RunPaths, atomic_write, cache_dir
 from k2train.train.failures import report_failure, report_hang
-from k2train.train.quiet import Quiet, quiet, without_shm_comm
+from k2train.train.quiet import Quiet, import_deepspeed, quiet
 from k2train.train.signals import Signals, Stopped
 from k2train.train.watchdog import Watchdog, beat
 
@@ -116,11 +116,11 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals)
         idle=lambda: beat(waiting),
     )
     beat("starting DeepSpeed")
+    import_deepspeed(config.train.device)
     from k2train.train.terminal import Terminal
     from k2train.train.track import Tracker
     from k2train.train.trainer import Trainer
 
-    without_shm_comm()
     world = open_world(config.train.device, store=store, timeout=2 * limit)  # the watchdog, with its stacks, is first
     terminal = Terminal(
         name=config.name,

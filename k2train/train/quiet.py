@@ -111,11 +111,17 @@ def quiet(log_path: Path, *, rank: int, world_size: int) -> Quiet:
     return streams
 
 
-def without_shm_comm() -> None:
-    """Has DeepSpeed use plain gloo on the CPU; to be called before ``deepspeed.init_distributed``.
+def import_deepspeed(device: str) -> None:
+    """Imports DeepSpeed such that it uses the run's device; to be called before any module that imports it.
 
-    DeepSpeed otherwise builds an extension for shared memory at first use: it takes a compiler, time, and dies without.
+    On a CPU it shall use plain gloo: it otherwise builds an extension for shared memory at first use, which takes a
+    compiler and time, and dies without.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``.
     """
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # where there is a GPU it would move the model there all the same
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -39,7 +39,7 @@ from k2train.generate import sample_text
 from k2train.paths import RunPaths
 from k2train.train import engine, zero
 from k2train.train.audit import not_once
-from k2train.train.quiet import without_shm_comm
+from k2train.train.quiet import import_deepspeed
 from k2train.train.trainer import Trainer
 from tests.distributed.plain import (
     HALF,
@@ -254,7 +254,7 @@ def _work(rank: int, port: int, runs: Sequence[Run], folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    without_shm_comm()
+    import_deepspeed("cpu")
     open_world("cpu")
     expected = load_truth(folder)
     for run in runs:
