@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from k2train.data.errors import DataError, os_errors_explained
 from k2train.data.manifest import SPLITS, open_digests, read_manifest, shard_records
-from k2train.data.shards import Shard, open_shard
+from k2train.data.reader import Folder, OpenShard
 from k2train.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the label that a loss leaves out
@@ -43,25 +43,33 @@ class Span:
 
 
 class TokenStream:
-    """The tokens of a split, over all its shards."""
+    """The tokens of a split, over all its shards, which are opened when they are read.
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    Attributes:
+        starts: the position of each shard's first token in the stream; one more entry closes the last shard.
+    """
+
+    def __init__(self, shards: Sequence[OpenShard]) -> None:
         """Takes the shards in order."""
         self._shards = shards
-        # _starts[i] is the position of shard i's first token in the stream; one more entry closes the last shard.
-        self._starts = [0, *np.cumsum([len(shard.tokens) for shard in shards], dtype=np.int64).tolist()]
+        self.starts: list[int] = [0, *np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self.starts[-1]
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """The tokens at positions ``start`` to ``stop`` of the stream, copied."""
-        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
         result = np.empty(stop - start, dtype=np.int64)
-        for index, first, last in self._pieces(start, stop):
-            offset = self._starts[index]
-            result[first + offset - start : last + offset - start] = self._shards[index].tokens[first:last]
+        self.read_into(result, start)
         return result
+
+    def read_into(self, result: NDArray[np.int64], start: int) -> None:
+        """``read``, as many tokens as ``result`` has room for, into it."""
+        stop = start + len(result)
+        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        for index, first, last in self._pieces(start, stop):
+            offset = self.starts[index]
+            result[first + offset - start : last + offset - start] = self._shards[index].read(first, last)
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """The documents, or pieces of them, at positions ``start`` to ``stop``."""
@@ -82,7 +90,7 @@ class TokenStream:
         for index, first, last in self._pieces(start, stop):
             ends = self._shards[index].document_ends
             inside = ends[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
-            result[inside - 1 + self._starts[index] - start] = True
+            result[inside - 1 + self.starts[index] - start] = True
         return result
 
     def documents(self) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -90,14 +98,14 @@ class TokenStream:
         for shard in self._shards:
             start = 0
             for document, end in enumerate(shard.document_ends.tolist()):
-                yield shard.origin(document), shard.tokens[start : end - 1]
+                yield shard.origin(document), shard.read(start, end - 1)
                 start = end
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first, last): which tokens of which shards make up the range."""
-        index = bisect.bisect_right(self._starts, start) - 1
+        index = bisect.bisect_right(self.starts, start) - 1
         while start < stop:
-            offset, end = self._starts[index], min(stop, self._starts[index + 1])
+            offset, end = self.starts[index], min(stop, self.starts[index + 1])
             yield index, start - offset, end - offset
             start, index = end, index + 1
 
@@ -169,7 +177,7 @@ class Dataset:
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, shards: dict[tuple[str, str], list[Shard]]
+        self, folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, shards: dict[tuple[str, str], list[OpenShard]]
     ):
         """Joins what ``open_dataset`` has checked; shards by (source, split)."""
         self.folder = folder
@@ -228,7 +236,7 @@ class Dataset:
 
 
 def open_dataset(manifest_path: Path) -> Dataset:
-    """Opens what ``prepare`` made and checks every byte of it.
+    """Opens what ``prepare`` made: checks manifest, tokenizer and digests; shards are checked as they are read.
 
     Raises:
         DataError: something is missing, damaged, edited or of another version; the sentence names the file.
@@ -245,7 +253,8 @@ def open_dataset(manifest_path: Path) -> Dataset:
             f"says {manifest['tokenizer']['sha256']}: delete the folder {folder} and prepare the data again"
         )
     tokenizer = Tokenizer(definition.decode("utf-8"), engine=manifest["tokenizer"]["engine"])
-    shards: dict[tuple[str, str], list[Shard]] = {}
+    files = Folder(folder)
+    shards: dict[tuple[str, str], list[OpenShard]] = {}
     for source in manifest["sources"]:
         digests = open_digests(folder, manifest, source)
         for split in SPLITS:
@@ -253,6 +262,6 @@ def open_dataset(manifest_path: Path) -> Dataset:
             ends = np.cumsum([record.blocks for record in records], dtype=np.int64)
             parts = np.split(digests[split], ends[:-1]) if records else []
             shards[source, split] = [
-                open_shard(folder, record, part) for record, part in zip(records, parts, strict=True)
+                OpenShard(files, record, part) for record, part in zip(records, parts, strict=True)
             ]
     return Dataset(folder, manifest, tokenizer, shards)

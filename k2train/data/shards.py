@@ -4,7 +4,7 @@ Legend: N tokens of a shard, D documents of it.
 
 A shard is written whole (aside, synced, renamed) and read through a memory map. It names the work unit that it holds
 and the hash of its own tensors, so that a later ``prepare`` can tell a finished shard from a damaged one; the manifest
-has the hash of the whole file, and digests of its blocks lie beside it, which ``open_shard`` checks.
+has the hash of the whole file, and digests of its blocks lie beside it, which ``k2train.data.reader`` checks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import mmap
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
-from k2train.data.errors import DataError, os_errors_explained
-from k2train.data.manifest import BLOCK_BYTES, ShardRecord, block_digests, map_file
+from k2train.data.manifest import ShardRecord, block_digests, map_file
 from k2train.paths import atomic_write
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -33,24 +31,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "U8": np.dtype("u1"),
 }
-TENSORS = ("tokens", "document_ends", "document_ids", "document_bytes", "origins", "origin_ends")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """An open shard; the arrays are views of the mapped file."""
-
-    tokens: NDArray[Any]  # (N,) uint16 or uint32: documents back to back, each closed by end_of_text
-    document_ends: NDArray[np.int64]  # (D,) where each document ends in tokens, its end_of_text included
-    document_ids: NDArray[np.int64]  # (D,) the number of each document in its source, rising
-    document_bytes: NDArray[np.int64]  # (D,) UTF-8 bytes of each document's text
-    origins: NDArray[np.uint8]  # the origins' UTF-8 bytes back to back
-    origin_ends: NDArray[np.int64]  # (D,) where each origin ends in origins
-
-    def origin(self, document: int) -> str:
-        """Where document number ``document`` of this shard came from."""
-        start = int(self.origin_ends[document - 1]) if document else 0
-        return self.origins[start : int(self.origin_ends[document])].tobytes().decode("utf-8")
+TENSORS = (
+    "tokens",  # (N,) uint16 or uint32: documents back to back, each closed by end_of_text
+    "document_ends",  # (D,) where each document ends in tokens, its end_of_text included
+    "document_ids",  # (D,) the number of each document in its source, rising
+    "document_bytes",  # (D,) UTF-8 bytes of each document's text
+    "origins",  # the origins' UTF-8 bytes back to back
+    "origin_ends",  # (D,) where each origin ends in origins
+)
 
 
 def write_shard(
@@ -124,38 +112,6 @@ def find_shard(folder: Path, name: str, *, unit: str) -> tuple[ShardRecord, NDAr
     return None
 
 
-def open_shard(folder: Path, record: ShardRecord, digests: NDArray[np.uint64]) -> Shard:
-    """Maps a shard and checks that its bytes are the ones the manifest was made for.
-
-    Args:
-        folder: of the data set.
-        record: what the manifest says of the shard.
-        digests: of its blocks, as ``open_digests`` has them.
-
-    Raises:
-        DataError: missing, of another size, or with a block of another digest.
-    """
-    path = folder / record.file
-    remedy = f"delete the folder {folder} and prepare the data again"
-    with os_errors_explained(path):
-        if not path.is_file():
-            raise DataError(f"the shard {path} is missing: {remedy}")
-        size = path.stat().st_size
-        if size != record.size:
-            raise DataError(f"the shard {path} has {size} bytes and its manifest says {record.size}: {remedy}")
-        data = map_file(path)
-    found = block_digests(data)
-    if (wrong := np.flatnonzero(found != digests)).size:
-        block = int(wrong[0])
-        raise DataError(
-            f"the shard {path} is damaged in bytes {block * BLOCK_BYTES} to "
-            f"{min(size, (block + 1) * BLOCK_BYTES)}: their xxh3 is {found[block]:016x} and was "
-            f"{digests[block]:016x} when it was written: {remedy}"
-        )
-    arrays, _ = _parse(data)
-    return Shard(**arrays)
-
-
 def _digest_of(arrays: dict[str, NDArray[Any]]) -> str:
     digest = xxhash.xxh3_64()
     for name in TENSORS:
@@ -166,14 +122,22 @@ def _digest_of(arrays: dict[str, NDArray[Any]]) -> str:
 
 def _parse(data: bytes | mmap.mmap) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Tensors, as views of ``data``, and metadata of a safetensors file; ValueError or KeyError if it is none."""
+    header, base = parse_header(data)
+    metadata: dict[str, str] = header.get("__metadata__", {})
+    return {name: view(data, header, base, name) for name in TENSORS}, metadata
+
+
+def parse_header(data: bytes | mmap.mmap | memoryview) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its tensors begin; ValueError if it is none."""
     if len(data) < 8:
         raise ValueError("shorter than its header")
     (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    metadata: dict[str, str] = header.pop("__metadata__", {})
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in TENSORS:
-        dtype: np.dtype[Any] = DTYPES[header[name]["dtype"]]
-        start, stop = header[name]["data_offsets"]
-        arrays[name] = np.frombuffer(data, dtype, (stop - start) // dtype.itemsize, 8 + length + start)
-    return arrays, metadata
+    header: dict[str, Any] = json.loads(bytes(data[8 : 8 + length]))
+    return header, 8 + length
+
+
+def view(data: bytes | mmap.mmap | memoryview, header: dict[str, Any], base: int, name: str) -> NDArray[Any]:
+    """A tensor as a view of the file's bytes."""
+    dtype: np.dtype[Any] = DTYPES[header[name]["dtype"]]
+    start, stop = header[name]["data_offsets"]
+    return np.frombuffer(data, dtype, (stop - start) // dtype.itemsize, base + start)

@@ -12,7 +12,6 @@ import torch
 from k2train.data import Dataset, TrainStream
 from k2train.data.dataset import TokenStream, Windows
 from k2train.data.order import positions
-from k2train.data.shards import Shard
 
 # Tokens of each document, its end included, of two shards: longer than any window below, and of a single token.
 SHARDS = ((3, 41, 1, 1, 5, 8), (2, 30, 9))

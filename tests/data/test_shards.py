@@ -8,7 +8,8 @@ from safetensors.numpy import load_file
 
 from k2train.data.errors import DataError
 from k2train.data.manifest import BLOCK_BYTES, ShardRecord, block_digests
-from k2train.data.shards import Shard, find_shard, open_shard, write_shard
+from k2train.data.reader import Folder, OpenShard
+from k2train.data.shards import TENSORS, find_shard, write_shard
 
 DOCUMENTS = [np.array([5, 6, 7, 0], np.uint32), np.array([0], np.uint32), np.array([300, 0], np.uint32)]
 ORIGINS = ["a.py", "naïve/😀.py", "z"]
@@ -22,25 +23,27 @@ def write(path: Path, *, vocab_size: int = 400) -> tuple[ShardRecord, NDArray[np
     return made
 
 
-def opened(path: Path, made: tuple[ShardRecord, NDArray[np.uint64]]) -> Shard:
-    return open_shard(path.parent, *made)
+def checked(path: Path, made: tuple[ShardRecord, NDArray[np.uint64]]) -> OpenShard:
+    shard = OpenShard(Folder(path.parent), *made)
+    shard.check()
+    return shard
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(400, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_what_is_written_is_read_back_by_us_and_by_safetensors(tmp_path, vocab_size, dtype):
     record, digests = write(tmp_path / "shard", vocab_size=vocab_size)
     assert (record.tokens, record.documents, record.text_bytes) == (7, 3, 14)
-    shard = open_shard(tmp_path, record, digests)
-    assert shard.tokens.dtype == dtype
-    assert shard.tokens.tolist() == [5, 6, 7, 0, 0, 300, 0]
+    shard = OpenShard(Folder(tmp_path), record, digests)
+    assert shard.read(0, 7).dtype == dtype
+    assert shard.read(0, 7).tolist() == [5, 6, 7, 0, 0, 300, 0]
+    assert shard.read(2, 4).tolist() == [7, 0]
     assert shard.document_ends.tolist() == [4, 5, 7]
     assert shard.document_ids.tolist() == [2, 3, 7]
     assert [shard.origin(number) for number in range(3)] == ORIGINS
     theirs = load_file(tmp_path / "shard")
-    assert set(theirs) == set(vars(shard))
-    for name, array in vars(shard).items():
-        assert np.array_equal(theirs[name], array)
-        assert theirs[name].dtype == array.dtype
+    assert set(theirs) == set(TENSORS)
+    assert np.array_equal(theirs["tokens"], shard.read(0, 7))
+    assert theirs["document_bytes"].tolist() == [10, 0, 4]
 
 
 def test_equal_shards_are_equal_files(tmp_path):
@@ -58,7 +61,7 @@ def test_every_flipped_bit_is_found(tmp_path):
         with pytest.raises(
             DataError, match=r"shard is damaged in bytes 0 to \d+: their xxh3 is \w+ and was \w+ .*: delete"
         ):
-            opened(tmp_path / "shard", made)
+            checked(tmp_path / "shard", made)
         data[position] ^= 1 << position % 8
 
 
@@ -67,7 +70,7 @@ def test_a_cut_file_is_found(tmp_path, keep):
     made = write(tmp_path / "shard")
     (tmp_path / "shard").write_bytes((tmp_path / "shard").read_bytes()[:keep])
     with pytest.raises(DataError, match="bytes and its manifest says"):
-        opened(tmp_path / "shard", made)
+        checked(tmp_path / "shard", made)
     assert find_shard(tmp_path, "shard", unit="unit") is None
 
 
@@ -75,7 +78,7 @@ def test_a_missing_file_is_named(tmp_path):
     made = write(tmp_path / "shard")
     (tmp_path / "shard").unlink()
     with pytest.raises(DataError, match="shard is missing: delete the folder"):
-        opened(tmp_path / "shard", made)
+        checked(tmp_path / "shard", made)
 
 
 def test_only_a_whole_shard_of_the_same_unit_is_kept(tmp_path):

@@ -1,0 +1,204 @@
+"""Shards as training reads them: opened when they are first needed, each block checked when it is first touched.
+
+Opening a data set reads no shard, so that it takes as long for ten thousand shards as for one. A byte that is not what
+``prepare`` wrote is an error before any token of its block is given out.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from k2train.data.errors import DataError, os_errors_explained
+from k2train.data.manifest import BLOCK_BYTES, ShardRecord, map_file
+from k2train.data.shards import parse_header, view
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, labels, starts
+Item = TypeVar("Item")
+
+
+class Files(Protocol):
+    """Where the files of a data set lie: a folder, or a cache of a remote one."""
+
+    def shard(self, record: ShardRecord, digests: NDArray[np.uint64]) -> Path:
+        """The local file of a shard, fetched if need be."""
+
+    def remedy(self, path: Path) -> str:
+        """What to do about a file that is damaged."""
+
+
+class Folder:
+    """A data set in a local folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Reads nothing."""
+        self.root = root
+
+    def shard(self, record: ShardRecord, digests: NDArray[np.uint64]) -> Path:
+        """The file of a shard."""
+        del digests
+        path = self.root / record.file
+        if not path.is_file():
+            raise DataError(f"the shard {path} is missing: {self.remedy(path)}")
+        return path
+
+    def remedy(self, path: Path) -> str:
+        """What to do about a file that is damaged."""
+        del path
+        return f"delete the folder {self.root} and prepare the data again"
+
+
+class OpenShard:
+    """A shard of the manifest; ``k2train.data.shards.TENSORS`` says what is in it."""
+
+    def __init__(self, files: Files, record: ShardRecord, digests: NDArray[np.uint64]) -> None:
+        """Reads nothing.
+
+        Args:
+            files: where it lies.
+            record: what the manifest says of it.
+            digests: of its blocks, as ``open_digests`` has them.
+        """
+        self._files, self._record, self._digests = files, record, digests
+
+    def __len__(self) -> int:
+        return self._record.tokens
+
+    def read(self, first: int, last: int) -> NDArray[Any]:
+        """The tokens ``first`` to ``last``, as a view of the mapped file."""
+        tokens, offset = self._tokens
+        self._check(offset + first * tokens.itemsize, offset + last * tokens.itemsize)
+        return tokens[first:last]
+
+    @cached_property
+    def document_ends(self) -> NDArray[np.int64]:
+        """(D,) where each document ends in the tokens, its end_of_text included."""
+        return self._whole("document_ends")
+
+    @cached_property
+    def document_ids(self) -> NDArray[np.int64]:
+        """(D,) the number of each document in its source."""
+        return self._whole("document_ids")
+
+    def origin(self, document: int) -> str:
+        """Where document number ``document`` of this shard came from."""
+        ends = self._whole("origin_ends")
+        start = int(ends[document - 1]) if document else 0
+        return self._whole("origins")[start : int(ends[document])].tobytes().decode("utf-8")
+
+    def check(self) -> None:
+        """Reads and checks all that has not been checked yet."""
+        self._check(0, self._record.size)
+
+    @property
+    def path(self) -> Path:
+        """Its local file."""
+        return self._map[0]
+
+    @cached_property
+    def _map(self) -> tuple[Path, Any]:
+        path = self._files.shard(self._record, self._digests)
+        with os_errors_explained(path):
+            size = path.stat().st_size
+            if size != self._record.size:
+                raise DataError(
+                    f"the shard {path} has {size} bytes and its manifest says {self._record.size}: "
+                    f"{self._files.remedy(path)}"
+                )
+            return path, memoryview(map_file(path))
+
+    @cached_property
+    def _checked(self) -> NDArray[np.bool_]:
+        """Of each block, whether it is known to be what was written."""
+        return np.zeros(self._record.blocks, dtype=bool)
+
+    @cached_property
+    def _header(self) -> tuple[dict[str, Any], int]:
+        self._check(0, min(self._record.size, 8))
+        data = self._map[1]
+        length = int.from_bytes(data[:8], "little")
+        self._check(0, min(self._record.size, 8 + length))
+        return parse_header(data)
+
+    @cached_property
+    def _tokens(self) -> tuple[NDArray[Any], int]:
+        """All tokens, unchecked, and at which byte they begin."""
+        return self._view("tokens")
+
+    def _whole(self, name: str) -> NDArray[Any]:
+        array, offset = self._view(name)
+        self._check(offset, offset + array.nbytes)
+        return array
+
+    def _view(self, name: str) -> tuple[NDArray[Any], int]:
+        header, base = self._header
+        return view(self._map[1], header, base, name), base + int(header[name]["data_offsets"][0])
+
+    def _check(self, start: int, stop: int) -> None:
+        """Raises unless the bytes ``start`` to ``stop`` are those that were written."""
+        checked = self._checked
+        for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
+            if checked[block]:
+                continue
+            path, data = self._map
+            begin, end = block * BLOCK_BYTES, min(self._record.size, (block + 1) * BLOCK_BYTES)
+            found, expected = xxhash.xxh3_64_intdigest(data[begin:end]), int(self._digests[block])
+            if found != expected:
+                raise DataError(
+                    f"the shard {path} is damaged in bytes {begin} to {end}: their xxh3 is {found:016x} and was "
+                    f"{expected:016x} when it was written: {self._files.remedy(path)}"
+                )
+            checked[block] = True
+
+
+def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: int, pin: bool) -> Iterator[Batch]:
+    """``read`` of each entry of the plan, by one thread while the caller computes.
+
+    Args:
+        read: gives the batch of an entry.
+        plan: may be endless.
+        ahead: batches that are read before they are asked for.
+        pin: into page-locked memory, from which a GPU copies while it computes.
+    """
+    ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def hand_over(item: Batch | Exception | None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for entry in plan:
+                if stopped.is_set():
+                    return
+                tokens, labels, starts = read(entry)
+                if pin:
+                    tokens, labels, starts = tokens.pin_memory(), labels.pin_memory(), starts.pin_memory()
+                hand_over((tokens, labels, starts))
+            hand_over(None)
+        except Exception as error:  # raised again by the caller's thread
+            hand_over(error)
+
+    thread = threading.Thread(target=work, name="k2train-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
