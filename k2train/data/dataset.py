@@ -40,6 +40,8 @@ class Span:
     origin: str
     start: int
     stop: int
+    shard: str  # file, relative to the data set's folder
+    document: int  # its number in its source
 
 
 class TokenStream:
@@ -80,18 +82,24 @@ class TokenStream:
             while first < last:
                 begin = int(shard.document_ends[document - 1]) if document else 0
                 end = min(last, int(shard.document_ends[document]))
-                found.append(Span(shard.origin(document), first - begin, end - begin))
+                number = int(shard.document_ids[document])
+                found.append(Span(shard.origin(document), first - begin, end - begin, shard.file, number))
                 first, document = end, document + 1
         return found
 
-    def context_begins(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Whether a context begins with the token (it is an end_of_text), for positions ``start`` to ``stop``."""
-        result = np.zeros(stop - start, dtype=bool)
+    def context_begins(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where contexts begin (at an end_of_text) between positions ``start`` and ``stop``, counted from ``start``."""
+        found = []
         for index, first, last in self._pieces(start, stop):
             ends = self._shards[index].document_ends
             inside = ends[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
-            result[inside - 1 + self.starts[index] - start] = True
-        return result
+            found.append(inside - 1 + (self.starts[index] - start))
+        return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.int64)])
+
+    def document_ends(self) -> NDArray[np.int64]:
+        """(D,) where each document ends in the stream; reads the lengths of all documents."""
+        ends = [shard.document_ends + start for shard, start in zip(self._shards, self.starts, strict=False)]
+        return np.concatenate([*ends, np.empty(0, np.int64)])
 
     def documents(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """(origin, token ids without the closing end_of_text) of each document."""
@@ -110,16 +118,18 @@ class TokenStream:
             start, index = end, index + 1
 
 
-def context_starts(begins: NDArray[np.bool_]) -> NDArray[np.int64]:
+def context_starts(begins: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     """The index of the first token of each token's context, where the first token of all begins one in any case.
 
     Args:
-        begins: (T,) whether a context begins with the token.
+        begins: at which tokens contexts begin, rising.
+        length: T.
 
     Returns:
         (T,), never falling.
     """
-    return np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+    edges = np.concatenate([[0], begins, [length]])
+    return np.repeat(edges[:-1], np.diff(edges))
 
 
 class Windows(Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
@@ -157,11 +167,10 @@ class Windows(Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         tokens[1 : stop - start] = text[:-1]
         if start:
             tokens[0] = int(self._stream.read(start - 1, start)[0])
-        begins = np.zeros(self._length, dtype=bool)
         first = max(start - 1, 0)  # tokens are the stream's from start - 1 on
         last = min(start - 1 + self._length, len(self._stream))
-        begins[first - start + 1 : last - start + 1] = self._stream.context_begins(first, last)
-        return tokens, labels, torch.from_numpy(context_starts(begins))
+        begins = self._stream.context_begins(first, last) + (first - start + 1)
+        return tokens, labels, torch.from_numpy(context_starts(begins, self._length))
 
 
 class Dataset:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+VERSION = 1  # of the result: files made by another one are made anew
+
 
 @dataclass(frozen=True)
 class Packing:

@@ -80,6 +80,11 @@ class OpenShard:
         self._check(offset + first * tokens.itemsize, offset + last * tokens.itemsize)
         return tokens[first:last]
 
+    @property
+    def file(self) -> str:
+        """Relative to the data set's folder."""
+        return self._record.file
+
     @cached_property
     def document_ends(self) -> NDArray[np.int64]:
         """(D,) where each document ends in the tokens, its end_of_text included."""

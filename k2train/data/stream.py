@@ -1,118 +1,276 @@
-"""Training samples by number: windows of the training tokens in the order of ``k2train.data.order``.
+"""Training samples by number: a pure function of the data set, the phases, the seed and the number.
 
 Legend: B samples of a batch, T tokens of a sample.
 
-Documents are packed: the tokens of the training split are one stream, cut into windows of T + 1 tokens with stride T,
-so that each token but the first is a label in exactly one window (the last, incomplete window is dropped). Sample
-number n says all about a sample; world size, micro-batches and threads never enter.
+A sample's number decides its source (``mixture``), the window of that source (``order``), and with it the tokens
+(``windows``). World size, micro-batches and threads never enter. Nothing here changes while a run goes on, so that
+resuming is asking for the next number.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+import bisect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from k2train.data.dataset import Dataset, Span, context_starts
+from k2train.data.dataset import Dataset, Span
 from k2train.data.errors import DataError
-from k2train.data.order import positions
+from k2train.data.mixture import BLOCK, Mixture
+from k2train.data.order import Order
+from k2train.data.plan import DataPhase, Skips, StretchPlan, plan_stretches
+from k2train.data.reader import Batch, read_ahead
+from k2train.data.state import check_state, make_state
+from k2train.data.windows import Concatenated, Packed, SourceWindows, packings_of
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, labels, starts
+
+@dataclass(frozen=True)
+class Trace:
+    """Where a sample comes from."""
+
+    number: int  # delivered
+    source: str
+    epoch: int  # of the source
+    window: int  # of the source
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A source in a stretch."""
+
+    windows: SourceWindows
+    order: Order
+    first_epoch: int
+
+
+class _Stretch:
+    """Samples of one length; see ``k2train.data.plan``."""
+
+    def __init__(self, plan: StretchPlan, parts: Sequence[_Part | None]) -> None:
+        self.plan, self.parts = plan, parts
+        self.mixture = Mixture(plan.knots)
+        self.block = lru_cache(maxsize=4)(self._block)
+
+    def find(self, number: int) -> tuple[int, int]:
+        """Source and window of a sample of the stream."""
+        block, place = divmod(number - self.plan.first_sample, BLOCK)
+        sources, windows = self.block(block)
+        return int(sources[place]), int(windows[place])
+
+    def count(self, number: int) -> tuple[int, ...]:
+        """(S,) samples of each source before a sample of the stream; none before the stretch begins."""
+        return self.mixture.counts(max(0, min(number - self.plan.first_sample, self.plan.samples)))
+
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        sources, turns = self.mixture.block(block)
+        windows = np.empty_like(sources)
+        for source, before in enumerate(self.mixture.quotas(block)):
+            chosen = np.flatnonzero(sources == source)
+            part = self.parts[source]
+            if len(chosen):
+                assert part is not None, "a source without windows has no weight"
+                skipped = before + part.first_epoch * part.order.windows
+                windows[chosen] = part.order.positions(turns[chosen] + skipped)
+        return sources, windows
 
 
 class TrainStream:
-    """Samples of a data set's training split; holds nothing that changes.
+    """Samples of a data set's training split.
 
     Attributes:
-        windows: samples in an epoch; each window comes once before any comes again.
+        phases: as given.
+        samples: of all phases.
+        notes: sentences on what the person should know: sources that begin anew.
     """
 
-    def __init__(self, dataset: Dataset, *, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        phases: Sequence[DataPhase],
+        *,
+        seed: int,
+        packing: bool = False,
+        group_shards: int | None = None,
+        max_epochs: Mapping[str, float] | None = None,
+        skips: Sequence[Sequence[int]] = (),
+        boundaries: bool = True,
+    ) -> None:
         """Fixes the order.
 
+        Args:
+            dataset: whose training split is read.
+            phases: of the run. Samples after the last one go on as it ended.
+            seed: of the order.
+            packing: whole documents in windows (``k2train.data.packing``); False: cut wherever a window ends.
+            group_shards: shards that are read at a time, while their windows come in mixed order; None: all.
+            max_epochs: how often the tokens of a source may be seen; a source that is not named has no limit.
+            skips: pairs of the first and the last sample that are left out.
+            boundaries: whether batches tell where documents begin.
+
         Raises:
-            DataError: the training split is smaller than one window.
+            DataError: a source that is used is smaller than one window, or would be seen more often than allowed.
         """
-        self._tokens = dataset.stream("train")
-        self._length = sequence_length
-        self._seed = seed
-        self.windows = (len(self._tokens) - 1) // sequence_length
-        if self.windows < 1:
-            raise DataError(
-                f"the training split has {len(self._tokens)} tokens and a sample takes {sequence_length + 1} "
-                f"(train.sequence_length={sequence_length} and one to predict): add text, or lower it"
-            )
+        self.dataset, self.phases, self.seed = dataset, tuple(phases), seed
+        self.packing, self.group_shards = packing, group_shards
+        self.skips = Skips(skips)
+        self.notes: list[str] = []
+        self._boundaries = boundaries
+        sizes = {name: dataset.tokens("train", name) for name in dataset.sources}
+        plans = plan_stretches(phases, sources=dataset.sources, sizes=sizes)
+        self.samples = plans[-1].first_sample + plans[-1].samples
+        self._stretches: list[_Stretch] = []
+        self._firsts = [plan.first_sample for plan in plans]
+        epochs = [0.0] * len(dataset.sources)
+        for plan in plans:
+            stretch = _Stretch(plan, [self._part(name, plan, epochs) for name in range(len(dataset.sources))])
+            self._stretches.append(stretch)
+            for source, seen in enumerate(stretch.count(self._stream_samples())):
+                part = stretch.parts[source]
+                if part is not None:
+                    epochs[source] = part.first_epoch + seen / part.order.windows
+        self._check_epochs(max_epochs or {})
+
+    @property
+    def windows(self) -> int:
+        """Windows of all sources at the first sequence length: samples in an epoch of a single source."""
+        return sum(part.order.windows for part in self._stretches[0].parts if part)
 
     def sample(self, number: int) -> NDArray[np.int64]:
-        """(T + 1,) token ids of a sample: ``[:-1]`` are the tokens, ``[1:]`` the labels."""
-        return self._window(self._windows_of([number])[0])
+        """(T + 1,) token ids of a sample: the tokens, and the last label."""
+        tokens, labels, _ = self.batch([number])
+        return torch.cat([tokens[0], labels[0, -1:]]).numpy()
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """(tokens (B, T), labels (B, T), starts (B, T)), int64, of the samples with these numbers.
 
         starts: the index of the first token of each token's context (``context_starts``). A document's context begins
-        with the end_of_text before it; what began before the window begins at 0.
+        with the end_of_text before it; what began before the window begins at 0. Of no use without ``boundaries``.
         """
-        windows = self._windows_of(numbers)
-        samples = torch.from_numpy(np.stack([self._window(window) for window in windows]))
-        starts = torch.from_numpy(np.stack([self._context_starts(window) for window in windows]))
-        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous(), starts
+        found = [self._find(number) for number in numbers]
+        length = found[0][0].plan.sequence_length
+        if any(stretch.plan.sequence_length != length for stretch, _, _ in found):
+            raise ValueError(f"samples {numbers[0]} to {numbers[-1]} are of different lengths: ask for them apart")
+        tokens = torch.empty((len(found), length), dtype=torch.int64)
+        labels = torch.empty_like(tokens)
+        starts = torch.empty_like(tokens) if self._boundaries else torch.zeros((), dtype=torch.int64).expand(tokens.shape)
+        rows = zip(tokens.numpy(), labels.numpy(), starts.numpy() if self._boundaries else [None] * len(found), strict=True)
+        for (stretch, source, window), row in zip(found, rows, strict=True):
+            part = stretch.parts[source]
+            assert part is not None
+            part.windows.read(window, *row)
+        return tokens, labels, starts
 
-    def trace(self, number: int) -> list[Span]:
-        """The documents, or pieces of them, that the T + 1 tokens of a sample come from, in order."""
-        start = self._windows_of([number])[0] * self._length
-        return self._tokens.spans(start, start + self._length + 1)
-
-    def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2) -> Iterator[Batch]:
+    def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2, pin: bool = False) -> Iterator[Batch]:
         """``batch`` of each entry of the plan, read by one thread while the caller computes.
 
         Args:
             plan: sample numbers of each batch; may be endless.
             ahead: batches that are read before they are asked for.
+            pin: into page-locked memory, from which a GPU copies while it computes.
         """
-        ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=ahead)
-        stopped = threading.Event()
+        return read_ahead(self.batch, plan, ahead=ahead, pin=pin)
 
-        def hand_over(item: Batch | Exception | None) -> None:
-            while not stopped.is_set():
-                with suppress(queue.Full):
-                    ready.put(item, timeout=0.1)
-                    return
+    def trace(self, number: int) -> Trace:
+        """Source, window and documents of a sample."""
+        stretch, source, window = self._find(number)
+        part = stretch.parts[source]
+        assert part is not None
+        before = stretch.mixture.find(self.skips.stream_number(number) - stretch.plan.first_sample)[1]
+        epoch = part.first_epoch + before // part.order.windows
+        return Trace(number, self.dataset.sources[source], epoch, window, tuple(part.windows.spans(window)))
 
-        def read_ahead() -> None:
-            try:
-                for numbers in plan:
-                    if stopped.is_set():
-                        return
-                    hand_over(self.batch(numbers))
-                hand_over(None)
-            except Exception as error:  # raised again by the caller's thread
-                hand_over(error)
+    def tokens_seen(self, next_sample: int) -> dict[str, int]:
+        """Tokens of each source in the samples before ``next_sample``."""
+        until = self.skips.stream_number(next_sample)
+        total = dict.fromkeys(self.dataset.sources, 0)
+        for stretch in self._stretches:
+            counts = np.array(stretch.count(until))
+            for first, last in self.skips.before(until):
+                counts -= np.subtract(stretch.count(last), stretch.count(first))
+            for name, count in zip(self.dataset.sources, counts.tolist(), strict=True):
+                total[name] += count * stretch.plan.sequence_length
+        return total
 
-        thread = threading.Thread(target=read_ahead, name="k2train-prefetch", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
+    # ---- what a checkpoint keeps
 
-    def _windows_of(self, numbers: Sequence[int]) -> list[int]:
-        found: list[int] = positions(numbers, windows=self.windows, seed=self._seed).tolist()
-        return found
+    def state_dict(self, next_sample: int) -> dict[str, Any]:
+        """All that there is to keep: equal on all ranks, a few hundred bytes as JSON."""
+        return make_state(self, next_sample)
 
-    def _context_starts(self, window: int) -> NDArray[np.int64]:
-        start = window * self._length
-        return context_starts(self._tokens.context_begins(start, start + self._length))
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
+        """The next sample of a run that wrote ``state``.
 
-    def _window(self, window: int) -> NDArray[np.int64]:
-        start = window * self._length
-        return self._tokens.read(start, start + self._length + 1)
+        Raises:
+            DataError: it read other data, or another order; the sentence names both values and the way on.
+        """
+        return check_state(self, state)
+
+    # ---- how it is put together
+
+    def _stream_samples(self) -> int:
+        """Of all phases, with those that are left out."""
+        return self.skips.stream_number(self.samples)
+
+    def _find(self, delivered: int) -> tuple[_Stretch, int, int]:
+        """Stretch, source and window."""
+        if delivered < 0:
+            raise ValueError(f"sample number {delivered} is negative: samples are numbered from 0")
+        number = self.skips.stream_number(delivered)
+        stretch = self._stretches[bisect.bisect_right(self._firsts, number) - 1]
+        return stretch, *stretch.find(number)
+
+    def _part(self, source: int, plan: StretchPlan, epochs: Sequence[float]) -> _Part | None:
+        """A source in a stretch; None if it is not used there."""
+        if not any(knot.weights[source] for knot in plan.knots):
+            return None
+        name, length = self.dataset.sources[source], plan.sequence_length
+        stream = self.dataset.stream("train", name)
+        windows: SourceWindows
+        if self.packing:
+            packings = packings_of(
+                stream,
+                self.dataset.folder / name,
+                sequence_length=length,
+                group_shards=self.group_shards,
+                fingerprint=self.dataset.fingerprint,
+            )
+            end = self.dataset.tokenizer.end_of_text
+            windows = Packed(stream, packings, group_shards=self.group_shards, end_of_text=end)
+        else:
+            windows = Concatenated(stream, sequence_length=length, group_shards=self.group_shards)
+        if not sum(windows.sizes):
+            raise DataError(
+                f"the training split of {name} has {len(stream)} tokens and a sample takes {length + 1} "
+                f"(train.sequence_length={length} and one to predict): add text, or lower it"
+            )
+        seen = epochs[source]
+        if seen % 1:
+            self.notes.append(
+                f"{name}: from sample {plan.first_sample} on, of {length} tokens, its epoch begins anew; "
+                f"{seen % 1:.0%} of it were seen in the one before and come again"
+            )
+        # The key of a single source is that of the time when there was no other.
+        key = "train" if len(self.dataset.sources) == 1 else name
+        return _Part(windows, Order(windows.sizes, seed=self.seed, name=key), math.ceil(seen))
+
+    def _check_epochs(self, limits: Mapping[str, float]) -> None:
+        for source, name in enumerate(self.dataset.sources):
+            if name not in limits:
+                continue
+            counts = [
+                stretch.count(self._stream_samples())[source] / part.order.windows
+                for stretch in self._stretches
+                if (part := stretch.parts[source])
+            ]
+            if sum(counts) > limits[name]:
+                raise DataError(
+                    f"the run would see the source {name} {sum(counts):.2f} times, and data.max_epochs.{name} allows "
+                    f"{limits[name]:g}: lower its weight, shorten the run, or raise the limit"
+                )
