@@ -186,7 +186,11 @@ class Dataset:
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer, shards: dict[tuple[str, str], list[OpenShard]]
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        tokenizer: Tokenizer,
+        shards: dict[tuple[str, str], list[OpenShard]],
     ):
         """Joins what ``open_dataset`` has checked; shards by (source, split)."""
         self.folder = folder

@@ -4,13 +4,13 @@ Weights are given at knots; at each knot they are divided by their sum, and a so
 The integral of its share from 0 to n is what a source is *due* of the first n samples. Quotas follow it in closed form:
 any sample is found without those before it.
 
-The sources are the leaves of a binary tree. Of the first q samples of a node its left child has f(q): what the child was
-due, rounded, when the node was due q. A child is never due more than its node, so f grows by 0 or 1: counts never run
-backwards, and those of two children add up to their node's. A split is off by half a sample and hands down a part of the
-error of its node; in a tree of depth d a source is off by d / 2 at most, which is one sample for up to four sources. At
-the end of each block of ``BLOCK`` samples, the sources that have samples to spare on both sides of it are rounded once
-more, each to one of the two whole numbers beside what it is due. Inside a block, the samples of a source are spread
-evenly.
+The sources are the leaves of a binary tree. Of the first q samples of a node its left child has f(q): what the child
+was due, rounded, when the node was due q. A child is never due more than its node: f grows by 0 or 1, counts never run
+backwards, and those of two children add up to their node's. A split is off by half a sample and hands down a part of
+the error of its node; in a tree of depth d a source is off by d / 2 at most, which is one sample for up to four
+sources. At the end of each block of ``BLOCK`` samples, the sources that have samples to spare on both sides of it are
+rounded once more, each to one of the two whole numbers beside what it is due. Inside a block, the samples of a source
+are spread evenly.
 
 Counting is in Python's integers, without rounding. Legend: K knots, S sources.
 """
@@ -21,6 +21,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +124,7 @@ class Mixture:
             return False
         edges = [self.due(number + step, [source]) for step in (-BLOCK, 0, BLOCK)]
         enough = 2 * self.bound + 1
-        return all(b[0] / b[1] - a[0] / a[1] >= enough for a, b in zip(edges, edges[1:], strict=False))
+        return all(b[0] / b[1] - a[0] / a[1] >= enough for a, b in pairwise(edges))
 
     def _descend(self, node: _Node, count: int) -> Iterator[tuple[int, int]]:
         """(source, count) of each leaf below a node that has ``count`` samples."""

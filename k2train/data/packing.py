@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def _best_fit_decreasing(lengths: NDArray[np.int64], room: int) -> tuple[NDArray
         by_room[left] += numbers
 
     edges = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         place, length = first, int(lengths[first]) if last > first else 0
         while place < last:
             at = bisect.bisect_left(rooms, length)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from k2train.data.errors import DataError
 from k2train.data.mixture import Knot
@@ -64,9 +64,7 @@ def plan_stretches(
     return tuple(found)
 
 
-def _knots(
-    phase: DataPhase, start: int, token: int, sources: Sequence[str], sizes: Mapping[str, int]
-) -> list[Knot]:
+def _knots(phase: DataPhase, start: int, token: int, sources: Sequence[str], sizes: Mapping[str, int]) -> list[Knot]:
     """From ``start`` on, where the run has seen ``token`` tokens; two where the weights jump."""
     weights = phase.weights if phase.weights is not None else {name: float(sizes[name]) for name in sources}
     for given in (weights, phase.final_weights or weights):
@@ -116,7 +114,7 @@ class Skips:
         """
         flat = [number for pair in skips for number in pair]
         if any(len(pair) != 2 or pair[0] > pair[1] for pair in skips) or any(
-            after[0] <= before[1] for before, after in zip(skips, skips[1:], strict=False)
+            after[0] <= before[1] for before, after in pairwise(skips)
         ):
             raise DataError(f"skips {[list(pair) for pair in skips]} must be pairs [first, last] in rising order")
         assert min(flat, default=0) >= 0, flat

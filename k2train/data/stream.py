@@ -159,8 +159,12 @@ class TrainStream:
             raise ValueError(f"samples {numbers[0]} to {numbers[-1]} are of different lengths: ask for them apart")
         tokens = torch.empty((len(found), length), dtype=torch.int64)
         labels = torch.empty_like(tokens)
-        starts = torch.empty_like(tokens) if self._boundaries else torch.zeros((), dtype=torch.int64).expand(tokens.shape)
-        rows = zip(tokens.numpy(), labels.numpy(), starts.numpy() if self._boundaries else [None] * len(found), strict=True)
+        starts = (
+            torch.empty_like(tokens) if self._boundaries else torch.zeros((), dtype=torch.int64).expand(tokens.shape)
+        )
+        rows = zip(
+            tokens.numpy(), labels.numpy(), starts.numpy() if self._boundaries else [None] * len(found), strict=True
+        )
         for (stretch, source, window), row in zip(found, rows, strict=True):
             part = stretch.parts[source]
             assert part is not None

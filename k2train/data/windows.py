@@ -31,7 +31,7 @@ Int64s = NDArray[np.int64]
 class SourceWindows(Protocol):
     """Windows of a source, numbered through its groups."""
 
-    sizes: Sequence[int]  # (G,) windows of each group
+    sizes: list[int]  # (G,) windows of each group
 
     def read(self, window: int, tokens: Int64s, labels: Int64s, starts: Int64s | None) -> None:
         """Fills (T,) tokens, labels and, if they are wanted, the index of the first token of each token's context."""
@@ -54,7 +54,7 @@ class Concatenated:
         self._stream, self._length = stream, sequence_length
         windows = max(0, (len(stream) - 1) // sequence_length)
         firsts = [min(windows, -(-start // sequence_length)) for start in group_starts(stream, group_shards)]
-        self.sizes = np.diff([*firsts, windows]).tolist()
+        self.sizes: list[int] = np.diff([*firsts, windows]).tolist()
 
     def read(self, window: int, tokens: Int64s, labels: Int64s, starts: Int64s | None) -> None:
         """See ``SourceWindows``."""
@@ -82,7 +82,7 @@ class Packed:
         self._firsts = np.cumsum([0, *self.sizes])
 
     def read(self, window: int, tokens: Int64s, labels: Int64s, starts: Int64s | None) -> None:
-        """See ``SourceWindows``. A piece is predicted from the token before it, which for a document is an end_of_text."""
+        """See ``SourceWindows``. Before a document's first token comes the end_of_text of the one before it."""
         at = 0
         for start, length in self._pieces(window):
             stop = at + length

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from k2train.data import Dataset, TrainStream
+from k2train.data import DataPhase, Dataset, TrainStream
 from k2train.data.dataset import TokenStream, Windows
 from k2train.data.order import positions
 
@@ -19,12 +19,22 @@ TOKENS = sum(map(sum, SHARDS))
 END = 7
 
 
+class Shard:
+    def __init__(self, tokens: np.ndarray, document_ends: np.ndarray) -> None:
+        self.tokens, self.document_ends = tokens, document_ends
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        return self.tokens[first:last]
+
+
 def stream_of(tokens: np.ndarray) -> TokenStream:
     shards, start = [], 0
     for lengths in SHARDS:
         stop = start + sum(lengths)
-        none = np.zeros(len(lengths), dtype=np.int64)
-        shards.append(Shard(tokens[start:stop], np.cumsum(lengths), none, none, none.astype(np.uint8), none))
+        shards.append(Shard(tokens[start:stop], np.cumsum(lengths)))
         start = stop
     return TokenStream(shards)
 
@@ -52,7 +62,10 @@ def stream(request: pytest.FixtureRequest) -> TokenStream:
 
 @pytest.mark.parametrize("length", [1, 7, 16, TOKENS - 1])
 def test_starts_of_training_samples(stream: TokenStream, length: int):
-    samples = TrainStream(SimpleNamespace(stream=lambda split: stream), sequence_length=length, seed=3)
+    dataset = SimpleNamespace(
+        stream=lambda split, source: stream, tokens=lambda split, source: len(stream), sources=("only",)
+    )
+    samples = TrainStream(dataset, [DataPhase(100, length)], seed=3)
     numbers = range(samples.windows)
     tokens, labels, starts = samples.batch(numbers)
     assert starts.shape == tokens.shape == labels.shape
@@ -79,7 +92,7 @@ def test_starts_of_held_out_windows(stream: TokenStream, length: int):
 
 def test_a_documents_tokens_have_one_start(dataset: Dataset):
     """On prepared text: a document's first token is predicted from the end of the one before it alone."""
-    samples = TrainStream(dataset, sequence_length=dataset.tokens("train") - 1, seed=0)
+    samples = TrainStream(dataset, [DataPhase(1, dataset.tokens("train") - 1)], seed=0)
     (tokens,), _, (starts,) = samples.batch([0])
     begin = 0
     for number, (_, ids) in enumerate(dataset.stream("train").documents()):

@@ -21,7 +21,7 @@ from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
 from k2train.comm import World
 from k2train.config import RunConfig, parse
-from k2train.data import TrainStream, open_dataset, prepare
+from k2train.data import DataPhase, TrainStream, open_dataset, prepare
 from k2train.generate import sample_text
 from k2train.model import Transformer, build_model, update_bias
 from k2train.model.float32 import counts
@@ -108,7 +108,7 @@ def plain_loop(folder: Path) -> Truth:
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     clip = build_clip(config.optim, model)
     optimizer = build_optimizer(config.optim, model, clip, expert_group="", device=torch.device("cpu"))
-    stream = TrainStream(dataset, sequence_length=config.train.sequence_length, seed=config.seed)
+    stream = TrainStream(dataset, [DataPhase(1, config.train.sequence_length)], seed=config.seed)
     routes, losses, held_out = Routes(model), [], 0.0
     batch = config.train.global_batch_size
     for step in range(STEPS):

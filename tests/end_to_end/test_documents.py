@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from k2train.config import RunConfig, parse
-from k2train.data import TrainStream, open_dataset
+from k2train.data import DataPhase, TrainStream, open_dataset
 from k2train.model import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_the_losses_of_a_run_are_those_of_its_documents(runner, corpus, masked):
     dataset = open_dataset(manifest)
     sizes = dataclasses.replace(config.model, vocab_size=dataset.padded_vocab_size)
     model = build_model(sizes, seed=config.seed).eval()
-    stream = TrainStream(dataset, sequence_length=config.train.sequence_length, seed=config.seed)
+    stream = TrainStream(dataset, [DataPhase(1, config.train.sequence_length)], seed=config.seed)
     windows = list(zip(*dataset.windows("held_out", sequence_length=config.train.sequence_length), strict=True))
 
     def mean_loss(tokens, labels, starts):
