@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from k2train.data.cache import REMOTE_NAME, CachedFolder
 from k2train.data.errors import DataError, os_errors_explained
 from k2train.data.manifest import SPLITS, open_digests, read_manifest, shard_records
-from k2train.data.reader import Folder, OpenShard
+from k2train.data.reader import Files, Folder, OpenShard
 from k2train.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the label that a loss leaves out
@@ -53,7 +54,7 @@ class TokenStream:
 
     def __init__(self, shards: Sequence[OpenShard]) -> None:
         """Takes the shards in order."""
-        self._shards = shards
+        self.shards = shards
         self.starts: list[int] = [0, *np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()]
 
     def __len__(self) -> int:
@@ -71,19 +72,19 @@ class TokenStream:
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
         for index, first, last in self._pieces(start, stop):
             offset = self.starts[index]
-            result[first + offset - start : last + offset - start] = self._shards[index].read(first, last)
+            result[first + offset - start : last + offset - start] = self.shards[index].read(first, last)
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """The documents, or pieces of them, at positions ``start`` to ``stop``."""
         found = []
         for index, first, last in self._pieces(start, stop):
-            shard = self._shards[index]
+            shard = self.shards[index]
             document = int(np.searchsorted(shard.document_ends, first, side="right"))
             while first < last:
                 begin = int(shard.document_ends[document - 1]) if document else 0
                 end = min(last, int(shard.document_ends[document]))
                 number = int(shard.document_ids[document])
-                found.append(Span(shard.origin(document), first - begin, end - begin, shard.file, number))
+                found.append(Span(shard.origin(document), first - begin, end - begin, shard.record.file, number))
                 first, document = end, document + 1
         return found
 
@@ -91,19 +92,19 @@ class TokenStream:
         """Where contexts begin (at an end_of_text) between positions ``start`` and ``stop``, counted from ``start``."""
         found = []
         for index, first, last in self._pieces(start, stop):
-            ends = self._shards[index].document_ends
+            ends = self.shards[index].document_ends
             inside = ends[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
             found.append(inside - 1 + (self.starts[index] - start))
         return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.int64)])
 
     def document_ends(self) -> NDArray[np.int64]:
         """(D,) where each document ends in the stream; reads the lengths of all documents."""
-        ends = [shard.document_ends + start for shard, start in zip(self._shards, self.starts, strict=False)]
+        ends = [shard.document_ends + start for shard, start in zip(self.shards, self.starts, strict=False)]
         return np.concatenate([*ends, np.empty(0, np.int64)])
 
     def documents(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """(origin, token ids without the closing end_of_text) of each document."""
-        for shard in self._shards:
+        for shard in self.shards:
             start = 0
             for document, end in enumerate(shard.document_ends.tolist()):
                 yield shard.origin(document), shard.read(start, end - 1)
@@ -177,7 +178,8 @@ class Dataset:
     """Tokens, text and tokenizer of a prepared data set; made by ``open_dataset``.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies, or a part of it.
+        files: gives the shards' files.
         manifest: all that ``prepare`` wrote of it; see docs/data-format.md.
         fingerprint: equal for two data sets with the same tokens in the same order under the same tokenizer.
         tokenizer: the one it was encoded with.
@@ -190,10 +192,11 @@ class Dataset:
         folder: Path,
         manifest: dict[str, Any],
         tokenizer: Tokenizer,
+        files: Files,
         shards: dict[tuple[str, str], list[OpenShard]],
     ):
         """Joins what ``open_dataset`` has checked; shards by (source, split)."""
-        self.folder = folder
+        self.folder, self.files = folder, files
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer = tokenizer
@@ -266,7 +269,7 @@ def open_dataset(manifest_path: Path) -> Dataset:
             f"says {manifest['tokenizer']['sha256']}: delete the folder {folder} and prepare the data again"
         )
     tokenizer = Tokenizer(definition.decode("utf-8"), engine=manifest["tokenizer"]["engine"])
-    files = Folder(folder)
+    files: Files = CachedFolder(folder) if (folder / REMOTE_NAME).exists() else Folder(folder)
     shards: dict[tuple[str, str], list[OpenShard]] = {}
     for source in manifest["sources"]:
         digests = open_digests(folder, manifest, source)
@@ -277,4 +280,4 @@ def open_dataset(manifest_path: Path) -> Dataset:
             shards[source, split] = [
                 OpenShard(files, record, part) for record, part in zip(records, parts, strict=True)
             ]
-    return Dataset(folder, manifest, tokenizer, shards)
+    return Dataset(folder, manifest, tokenizer, files, shards)

@@ -28,10 +28,19 @@ Item = TypeVar("Item")
 
 
 class Files(Protocol):
-    """Where the files of a data set lie: a folder, or a cache of a remote one."""
+    """Where the files of a data set lie: a folder, or a cache of a remote one.
+
+    Attributes:
+        bounded: whether shards come and go; it is told then which are needed.
+    """
+
+    bounded: bool
 
     def shard(self, record: ShardRecord, digests: NDArray[np.uint64]) -> Path:
         """The local file of a shard, fetched if need be."""
+
+    def keep(self, shards: Iterable[tuple[ShardRecord, NDArray[np.uint64]]]) -> None:
+        """These are needed now and next."""
 
     def remedy(self, path: Path) -> str:
         """What to do about a file that is damaged."""
@@ -39,6 +48,8 @@ class Files(Protocol):
 
 class Folder:
     """A data set in a local folder."""
+
+    bounded = False
 
     def __init__(self, root: Path) -> None:
         """Reads nothing."""
@@ -51,6 +62,9 @@ class Folder:
         if not path.is_file():
             raise DataError(f"the shard {path} is missing: {self.remedy(path)}")
         return path
+
+    def keep(self, shards: Iterable[tuple[ShardRecord, NDArray[np.uint64]]]) -> None:
+        """All are here in any case."""
 
     def remedy(self, path: Path) -> str:
         """What to do about a file that is damaged."""
@@ -69,21 +83,16 @@ class OpenShard:
             record: what the manifest says of it.
             digests: of its blocks, as ``open_digests`` has them.
         """
-        self._files, self._record, self._digests = files, record, digests
+        self.files, self.record, self.digests = files, record, digests
 
     def __len__(self) -> int:
-        return self._record.tokens
+        return self.record.tokens
 
     def read(self, first: int, last: int) -> NDArray[Any]:
         """The tokens ``first`` to ``last``, as a view of the mapped file."""
         tokens, offset = self._tokens
         self._check(offset + first * tokens.itemsize, offset + last * tokens.itemsize)
         return tokens[first:last]
-
-    @property
-    def file(self) -> str:
-        """Relative to the data set's folder."""
-        return self._record.file
 
     @cached_property
     def document_ends(self) -> NDArray[np.int64]:
@@ -103,36 +112,36 @@ class OpenShard:
 
     def check(self) -> None:
         """Reads and checks all that has not been checked yet."""
-        self._check(0, self._record.size)
+        self._check(0, self.record.size)
 
-    @property
-    def path(self) -> Path:
-        """Its local file."""
-        return self._map[0]
+    def close(self) -> None:
+        """Lets go of the file; it is opened and checked again when it is next read."""
+        for name in ("_map", "_checked", "_header", "_tokens", "document_ends", "document_ids"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def _map(self) -> tuple[Path, Any]:
-        path = self._files.shard(self._record, self._digests)
+        path = self.files.shard(self.record, self.digests)
         with os_errors_explained(path):
             size = path.stat().st_size
-            if size != self._record.size:
+            if size != self.record.size:
                 raise DataError(
-                    f"the shard {path} has {size} bytes and its manifest says {self._record.size}: "
-                    f"{self._files.remedy(path)}"
+                    f"the shard {path} has {size} bytes and its manifest says {self.record.size}: "
+                    f"{self.files.remedy(path)}"
                 )
             return path, memoryview(map_file(path))
 
     @cached_property
     def _checked(self) -> NDArray[np.bool_]:
         """Of each block, whether it is known to be what was written."""
-        return np.zeros(self._record.blocks, dtype=bool)
+        return np.zeros(self.record.blocks, dtype=bool)
 
     @cached_property
     def _header(self) -> tuple[dict[str, Any], int]:
-        self._check(0, min(self._record.size, 8))
+        self._check(0, min(self.record.size, 8))
         data = self._map[1]
         length = int.from_bytes(data[:8], "little")
-        self._check(0, min(self._record.size, 8 + length))
+        self._check(0, min(self.record.size, 8 + length))
         return parse_header(data)
 
     @cached_property
@@ -156,12 +165,12 @@ class OpenShard:
             if checked[block]:
                 continue
             path, data = self._map
-            begin, end = block * BLOCK_BYTES, min(self._record.size, (block + 1) * BLOCK_BYTES)
-            found, expected = xxhash.xxh3_64_intdigest(data[begin:end]), int(self._digests[block])
+            begin, end = block * BLOCK_BYTES, min(self.record.size, (block + 1) * BLOCK_BYTES)
+            found, expected = xxhash.xxh3_64_intdigest(data[begin:end]), int(self.digests[block])
             if found != expected:
                 raise DataError(
                     f"the shard {path} is damaged in bytes {begin} to {end}: their xxh3 is {found:016x} and was "
-                    f"{expected:016x} when it was written: {self._files.remedy(path)}"
+                    f"{expected:016x} when it was written: {self.files.remedy(path)}"
                 )
             checked[block] = True
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from k2train.data.dataset import Dataset, Span
+from k2train.data.dataset import Dataset, Span, TokenStream
 from k2train.data.errors import DataError
 from k2train.data.mixture import BLOCK, Mixture
 from k2train.data.order import Order
-from k2train.data.plan import DataPhase, Skips, StretchPlan, plan_stretches
-from k2train.data.reader import Batch, read_ahead
+from k2train.data.reader import Batch, OpenShard, read_ahead
 from k2train.data.state import check_state, make_state
+from k2train.data.stretches import DataPhase, Skips, StretchPlan, plan_stretches
 from k2train.data.windows import Concatenated, Packed, SourceWindows, packings_of
 
 
@@ -41,44 +41,75 @@ class Trace:
     spans: tuple[Span, ...]
 
 
-@dataclass(frozen=True)
 class _Part:
     """A source in a stretch."""
 
-    windows: SourceWindows
-    order: Order
-    first_epoch: int
+    def __init__(self, stream: TokenStream, windows: SourceWindows, order: Order, *, first_epoch: int) -> None:
+        self.stream, self.windows, self.order, self.first_epoch = stream, windows, order, first_epoch
+
+
+class _Near:
+    """Tells a bounded cache which groups of shards are read now and next, and lets go of those that are done."""
+
+    def __init__(self, dataset: Dataset, group_shards: int | None) -> None:
+        self._files, self._group_shards = dataset.files, group_shards
+        self._groups: dict[str, tuple[int, int]] = {}
+        self._streams: dict[str, TokenStream] = {}
+
+    def read(self, name: str, stream: TokenStream, groups: tuple[int, int]) -> None:
+        """Before a sample of a source is read whose group is the first of these two."""
+        if self._groups.get(name) == groups:
+            return
+        self._groups[name], self._streams[name] = groups, stream
+        pairs = self._groups.items()
+        kept = [shard for source, pair in pairs for group in pair for shard in self._shards(source, group)]
+        files = {shard.record.file for shard in kept}
+        for each in self._streams.values():
+            for shard in each.shards:
+                if shard.record.file not in files:
+                    shard.close()
+        self._files.keep((shard.record, shard.digests) for shard in kept)
+
+    def _shards(self, source: str, group: int) -> Sequence[OpenShard]:
+        """Of a group, and the first one after it, into which its last window may reach."""
+        size = self._group_shards or len(self._streams[source].shards)
+        return self._streams[source].shards[group * size : (group + 1) * size + 1]
 
 
 class _Stretch:
-    """Samples of one length; see ``k2train.data.plan``."""
+    """Samples of one length; see ``k2train.data.stretches``."""
 
     def __init__(self, plan: StretchPlan, parts: Sequence[_Part | None]) -> None:
         self.plan, self.parts = plan, parts
         self.mixture = Mixture(plan.knots)
         self.block = lru_cache(maxsize=4)(self._block)
 
-    def find(self, number: int) -> tuple[int, int]:
-        """Source and window of a sample of the stream."""
+    def find(self, number: int) -> tuple[int, int, int]:
+        """Of a sample of the stream its source, its number in that source, and the window of the source."""
         block, place = divmod(number - self.plan.first_sample, BLOCK)
-        sources, windows = self.block(block)
-        return int(sources[place]), int(windows[place])
+        sources, numbers, windows = self.block(block)
+        return int(sources[place]), int(numbers[place]), int(windows[place])
 
     def count(self, number: int) -> tuple[int, ...]:
         """(S,) samples of each source before a sample of the stream; none before the stretch begins."""
         return self.mixture.counts(max(0, min(number - self.plan.first_sample, self.plan.samples)))
 
-    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        sources, turns = self.mixture.block(block)
-        windows = np.empty_like(sources)
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        sources, numbers = self.mixture.block(block)
+        numbers, windows = numbers.copy(), np.empty_like(numbers)
         for source, before in enumerate(self.mixture.quotas(block)):
             chosen = np.flatnonzero(sources == source)
-            part = self.parts[source]
             if len(chosen):
-                assert part is not None, "a source without windows has no weight"
-                skipped = before + part.first_epoch * part.order.windows
-                windows[chosen] = part.order.positions(turns[chosen] + skipped)
-        return sources, windows
+                part = self.part(source)
+                numbers[chosen] += before + part.first_epoch * part.order.windows
+                windows[chosen] = part.order.positions(numbers[chosen])
+        return sources, numbers, windows
+
+    def part(self, source: int) -> _Part:
+        """A source that has weight here, and so is read."""
+        part = self.parts[source]
+        assert part is not None, source
+        return part
 
 
 class TrainStream:
@@ -122,6 +153,7 @@ class TrainStream:
         self.skips = Skips(skips)
         self.notes: list[str] = []
         self._boundaries = boundaries
+        self._near = _Near(dataset, group_shards) if dataset.files.bounded else None
         sizes = {name: dataset.tokens("train", name) for name in dataset.sources}
         plans = plan_stretches(phases, sources=dataset.sources, sizes=sizes)
         self.samples = plans[-1].first_sample + plans[-1].samples
@@ -155,20 +187,17 @@ class TrainStream:
         """
         found = [self._find(number) for number in numbers]
         length = found[0][0].plan.sequence_length
-        if any(stretch.plan.sequence_length != length for stretch, _, _ in found):
+        if any(stretch.plan.sequence_length != length for stretch, *_ in found):
             raise ValueError(f"samples {numbers[0]} to {numbers[-1]} are of different lengths: ask for them apart")
         tokens = torch.empty((len(found), length), dtype=torch.int64)
         labels = torch.empty_like(tokens)
-        starts = (
-            torch.empty_like(tokens) if self._boundaries else torch.zeros((), dtype=torch.int64).expand(tokens.shape)
-        )
-        rows = zip(
-            tokens.numpy(), labels.numpy(), starts.numpy() if self._boundaries else [None] * len(found), strict=True
-        )
-        for (stretch, source, window), row in zip(found, rows, strict=True):
-            part = stretch.parts[source]
-            assert part is not None
-            part.windows.read(window, *row)
+        starts = torch.empty_like(tokens) if self._boundaries else torch.zeros_like(tokens[:, :1]).expand_as(tokens)
+        rows = zip(found, tokens.numpy(), labels.numpy(), starts.numpy(), strict=True)
+        for (stretch, source, own_number, window), row, row_labels, row_starts in rows:
+            part = stretch.part(source)
+            if self._near:
+                self._near.read(self.dataset.sources[source], part.stream, part.order.groups_from(own_number))
+            part.windows.read(window, row, row_labels, row_starts if self._boundaries else None)
         return tokens, labels, starts
 
     def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2, pin: bool = False) -> Iterator[Batch]:
@@ -183,11 +212,9 @@ class TrainStream:
 
     def trace(self, number: int) -> Trace:
         """Source, window and documents of a sample."""
-        stretch, source, window = self._find(number)
-        part = stretch.parts[source]
-        assert part is not None
-        before = stretch.mixture.find(self.skips.stream_number(number) - stretch.plan.first_sample)[1]
-        epoch = part.first_epoch + before // part.order.windows
+        stretch, source, own_number, window = self._find(number)
+        part = stretch.part(source)
+        epoch = own_number // part.order.windows
         return Trace(number, self.dataset.sources[source], epoch, window, tuple(part.windows.spans(window)))
 
     def tokens_seen(self, next_sample: int) -> dict[str, int]:
@@ -222,8 +249,8 @@ class TrainStream:
         """Of all phases, with those that are left out."""
         return self.skips.stream_number(self.samples)
 
-    def _find(self, delivered: int) -> tuple[_Stretch, int, int]:
-        """Stretch, source and window."""
+    def _find(self, delivered: int) -> tuple[_Stretch, int, int, int]:
+        """Stretch, source, number in the source, and window."""
         if delivered < 0:
             raise ValueError(f"sample number {delivered} is negative: samples are numbered from 0")
         number = self.skips.stream_number(delivered)
@@ -262,7 +289,8 @@ class TrainStream:
             )
         # The key of a single source is that of the time when there was no other.
         key = "train" if len(self.dataset.sources) == 1 else name
-        return _Part(windows, Order(windows.sizes, seed=self.seed, name=key), math.ceil(seen))
+        order = Order(windows.sizes, seed=self.seed, name=key)
+        return _Part(stream, windows, order, first_epoch=math.ceil(seen))
 
     def _check_epochs(self, limits: Mapping[str, float]) -> None:
         for source, name in enumerate(self.dataset.sources):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from k2train.data import DataPhase, Dataset, TrainStream
 from k2train.data.dataset import TokenStream, Windows
 from k2train.data.order import positions
+from k2train.data.reader import Folder
 
 # Tokens of each document, its end included, of two shards: longer than any window below, and of a single token.
 SHARDS = ((3, 41, 1, 1, 5, 8), (2, 30, 9))
@@ -63,7 +65,10 @@ def stream(request: pytest.FixtureRequest) -> TokenStream:
 @pytest.mark.parametrize("length", [1, 7, 16, TOKENS - 1])
 def test_starts_of_training_samples(stream: TokenStream, length: int):
     dataset = SimpleNamespace(
-        stream=lambda split, source: stream, tokens=lambda split, source: len(stream), sources=("only",)
+        stream=lambda split, source: stream,
+        tokens=lambda split, source: len(stream),
+        sources=("only",),
+        files=Folder(Path()),
     )
     samples = TrainStream(dataset, [DataPhase(100, length)], seed=3)
     numbers = range(samples.windows)
