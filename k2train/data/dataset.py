@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from k2train.data.cache import REMOTE_NAME, CachedFolder
 from k2train.data.errors import DataError, os_errors_explained
-from k2train.data.manifest import SPLITS, open_digests, read_manifest, shard_records
-from k2train.data.reader import Files, Folder, OpenShard
+from k2train.data.manifest import SPLITS, open_digests, read_manifest
+from k2train.data.reader import Files, Folder, Shards
 from k2train.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the label that a loss leaves out
@@ -52,13 +52,20 @@ class TokenStream:
         starts: the position of each shard's first token in the stream; one more entry closes the last shard.
     """
 
-    def __init__(self, shards: Sequence[OpenShard]) -> None:
+    def __init__(self, *shards: Shards) -> None:
         """Takes the shards in order."""
-        self.shards = shards
-        self.starts: list[int] = [0, *np.cumsum([len(shard) for shard in shards], dtype=np.int64).tolist()]
+        self._parts = shards
+        self.shards = shards[0] if len(shards) == 1 else [shard for part in shards for shard in part]
+        tokens = [tokens for part in shards for tokens in part.tokens]
+        self.starts: list[int] = [0, *np.cumsum(tokens, dtype=np.int64).tolist()]
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    def close(self, *, apart_from: Container[str]) -> None:
+        """Lets go of the files that are open, but for these."""
+        for part in self._parts:
+            part.close(apart_from=apart_from)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """The tokens at positions ``start`` to ``stop`` of the stream, copied."""
@@ -93,8 +100,8 @@ class TokenStream:
         found = []
         for index, first, last in self._pieces(start, stop):
             ends = self.shards[index].document_ends
-            inside = ends[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
-            found.append(inside - 1 + (self.starts[index] - start))
+            inside = ends[ends.searchsorted(first, side="right") : ends.searchsorted(last, side="right")]
+            found.append(inside + (self.starts[index] - start - 1))
         return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.int64)])
 
     def document_ends(self) -> NDArray[np.int64]:
@@ -129,8 +136,9 @@ def context_starts(begins: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     Returns:
         (T,), never falling.
     """
-    edges = np.concatenate([[0], begins, [length]])
-    return np.repeat(edges[:-1], np.diff(edges))
+    edges = np.empty(len(begins) + 2, dtype=np.int64)
+    edges[0], edges[1:-1], edges[-1] = 0, begins, length
+    return np.repeat(edges[:-1], edges[1:] - edges[:-1])
 
 
 class Windows(Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
@@ -193,7 +201,7 @@ class Dataset:
         manifest: dict[str, Any],
         tokenizer: Tokenizer,
         files: Files,
-        shards: dict[tuple[str, str], list[OpenShard]],
+        shards: dict[tuple[str, str], Shards],
     ):
         """Joins what ``open_dataset`` has checked; shards by (source, split)."""
         self.folder, self.files = folder, files
@@ -206,7 +214,7 @@ class Dataset:
 
     def stream(self, split: str, source: str | None = None) -> TokenStream:
         """The tokens of ``train`` or ``held_out``: of one source, or of all of them, one after the other."""
-        return TokenStream([shard for name in self._chosen(split, source) for shard in self._shards[name, split]])
+        return TokenStream(*(self._shards[name, split] for name in self._chosen(split, source)))
 
     def tokens(self, split: str, source: str | None = None) -> int:
         """How many tokens the split has, the end_of_text of each document included."""
@@ -270,14 +278,9 @@ def open_dataset(manifest_path: Path) -> Dataset:
         )
     tokenizer = Tokenizer(definition.decode("utf-8"), engine=manifest["tokenizer"]["engine"])
     files: Files = CachedFolder(folder) if (folder / REMOTE_NAME).exists() else Folder(folder)
-    shards: dict[tuple[str, str], list[OpenShard]] = {}
-    for source in manifest["sources"]:
+    shards: dict[tuple[str, str], Shards] = {}
+    for source, described in manifest["sources"].items():
         digests = open_digests(folder, manifest, source)
         for split in SPLITS:
-            records = shard_records(manifest, source, split)
-            ends = np.cumsum([record.blocks for record in records], dtype=np.int64)
-            parts = np.split(digests[split], ends[:-1]) if records else []
-            shards[source, split] = [
-                OpenShard(files, record, part) for record, part in zip(records, parts, strict=True)
-            ]
+            shards[source, split] = Shards(files, described["splits"][split]["shards"], digests[split])
     return Dataset(folder, manifest, tokenizer, files, shards)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -23,7 +22,7 @@ from k2train.data.errors import DataError, os_errors_explained
 from k2train.data.manifest import BLOCK_BYTES, ShardRecord, map_file
 from k2train.data.shards import parse_header, view
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, labels, starts
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # tokens, labels, starts
 Item = TypeVar("Item")
 
 
@@ -70,6 +69,42 @@ class Folder:
         """What to do about a file that is damaged."""
         del path
         return f"delete the folder {self.root} and prepare the data again"
+
+
+class Shards(Sequence["OpenShard"]):
+    """The shards of a split of a source, made when they are asked for: there may be ten thousand."""
+
+    def __init__(self, files: Files, columns: Mapping[str, Sequence[Any]], digests: NDArray[np.uint64]) -> None:
+        """Takes what the manifest says of them by column, and the digests of all their blocks."""
+        self._files, self._columns, self._digests = files, columns, digests
+        self._made: dict[int, OpenShard] = {}
+        sizes = np.asarray(columns["size"], dtype=np.int64)
+        self._blocks = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK_BYTES))])
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Of each shard."""
+        return self._columns["tokens"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A shard, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if number not in self._made:
+            record = ShardRecord(**{name: values[number] for name, values in self._columns.items()})
+            blocks = self._digests[self._blocks[number] : self._blocks[number + 1]]
+            self._made[number] = OpenShard(self._files, record, blocks)
+        return self._made[number]
+
+    def close(self, *, apart_from: Container[str]) -> None:
+        """Lets go of the files that are open, but for these."""
+        for shard in list(self._made.values()):
+            if shard.record.file not in apart_from:
+                shard.close()
 
 
 class OpenShard:
@@ -184,27 +219,25 @@ def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: in
         ahead: batches that are read before they are asked for.
         pin: into page-locked memory, from which a GPU copies while it computes.
     """
-    ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=ahead)
+    ready: queue.SimpleQueue[Batch | Exception | None] = queue.SimpleQueue()
+    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True for each batch that may be read, False at the end
+    for _ in range(ahead):
+        wanted.put(True)
     stopped = threading.Event()
-
-    def hand_over(item: Batch | Exception | None) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
 
     def work() -> None:
         try:
             for entry in plan:
-                if stopped.is_set():
+                if not wanted.get() or stopped.is_set():
                     return
                 tokens, labels, starts = read(entry)
                 if pin:
-                    tokens, labels, starts = tokens.pin_memory(), labels.pin_memory(), starts.pin_memory()
-                hand_over((tokens, labels, starts))
-            hand_over(None)
+                    tokens, labels = tokens.contiguous().pin_memory(), labels.contiguous().pin_memory()
+                    starts = None if starts is None else starts.pin_memory()
+                ready.put((tokens, labels, starts))
+            ready.put(None)
         except Exception as error:  # raised again by the caller's thread
-            hand_over(error)
+            ready.put(error)
 
     thread = threading.Thread(target=work, name="k2train-prefetch", daemon=True)
     thread.start()
@@ -212,7 +245,9 @@ def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: in
         while (item := ready.get()) is not None:
             if isinstance(item, Exception):
                 raise item
+            wanted.put(True)
             yield item
     finally:
         stopped.set()
+        wanted.put(False)
         thread.join()

@@ -65,9 +65,7 @@ class _Near:
         kept = [shard for source, pair in pairs for group in pair for shard in self._shards(source, group)]
         files = {shard.record.file for shard in kept}
         for each in self._streams.values():
-            for shard in each.shards:
-                if shard.record.file not in files:
-                    shard.close()
+            each.close(apart_from=files)
         self._files.keep((shard.record, shard.digests) for shard in kept)
 
     def _shards(self, source: str, group: int) -> Sequence[OpenShard]:
@@ -183,21 +181,21 @@ class TrainStream:
         """(tokens (B, T), labels (B, T), starts (B, T)), int64, of the samples with these numbers.
 
         starts: the index of the first token of each token's context (``context_starts``). A document's context begins
-        with the end_of_text before it; what began before the window begins at 0. Of no use without ``boundaries``.
+        with the end_of_text before it; what began before the window begins at 0. None without ``boundaries``.
         """
         found = [self._find(number) for number in numbers]
         length = found[0][0].plan.sequence_length
         if any(stretch.plan.sequence_length != length for stretch, *_ in found):
             raise ValueError(f"samples {numbers[0]} to {numbers[-1]} are of different lengths: ask for them apart")
-        tokens = torch.empty((len(found), length), dtype=torch.int64)
-        labels = torch.empty_like(tokens)
-        starts = torch.empty_like(tokens) if self._boundaries else torch.zeros_like(tokens[:, :1]).expand_as(tokens)
-        rows = zip(found, tokens.numpy(), labels.numpy(), starts.numpy(), strict=True)
-        for (stretch, source, own_number, window), row, row_labels, row_starts in rows:
+        rows = torch.empty((len(found), 2, length) if self.packing else (len(found), length + 1), dtype=torch.int64)
+        tokens, labels = (rows[:, 0], rows[:, 1]) if self.packing else (rows[:, :-1], rows[:, 1:])
+        starts = torch.empty(tokens.shape, dtype=torch.int64) if self._boundaries else None
+        starts_of = starts.numpy() if starts is not None else [None] * len(found)
+        for (stretch, source, own_number, window), row, row_starts in zip(found, rows.numpy(), starts_of, strict=True):
             part = stretch.part(source)
             if self._near:
                 self._near.read(self.dataset.sources[source], part.stream, part.order.groups_from(own_number))
-            part.windows.read(window, row, row_labels, row_starts if self._boundaries else None)
+            part.windows.read(window, row, row_starts)
         return tokens, labels, starts
 
     def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2, pin: bool = False) -> Iterator[Batch]:

@@ -33,8 +33,11 @@ class SourceWindows(Protocol):
 
     sizes: list[int]  # (G,) windows of each group
 
-    def read(self, window: int, tokens: Int64s, labels: Int64s, starts: Int64s | None) -> None:
-        """Fills (T,) tokens, labels and, if they are wanted, the index of the first token of each token's context."""
+    def read(self, window: int, row: Int64s, starts: Int64s | None) -> None:
+        """Fills a row and, if they are wanted, (T,) the index of the first token of each token's context.
+
+        The row is (T + 1,) tokens of which all but the first are labels; of packed windows (2, T) tokens and labels.
+        """
 
     def spans(self, window: int) -> list[Span]:
         """The documents, or pieces of them, that the window's labels come from."""
@@ -56,11 +59,10 @@ class Concatenated:
         firsts = [min(windows, -(-start // sequence_length)) for start in group_starts(stream, group_shards)]
         self.sizes: list[int] = np.diff([*firsts, windows]).tolist()
 
-    def read(self, window: int, tokens: Int64s, labels: Int64s, starts: Int64s | None) -> None:
+    def read(self, window: int, row: Int64s, starts: Int64s | None) -> None:
         """See ``SourceWindows``."""
         first = window * self._length
-        row = self._stream.read(first, first + self._length + 1)
-        tokens[:], labels[:] = row[:-1], row[1:]
+        self._stream.read_into(row, first)
         if starts is not None:
             starts[:] = context_starts(self._stream.context_begins(first, first + self._length), self._length)
 
@@ -81,14 +83,15 @@ class Packed:
         self.sizes = [len(packing) for packing in packings]
         self._firsts = np.cumsum([0, *self.sizes])
 
-    def read(self, window: int, tokens: Int64s, labels: Int64s, starts: Int64s | None) -> None:
+    def read(self, window: int, row: Int64s, starts: Int64s | None) -> None:
         """See ``SourceWindows``. Before a document's first token comes the end_of_text of the one before it."""
+        tokens, labels = row
         at = 0
         for start, length in self._pieces(window):
             stop = at + length
             if start:
-                row = self._stream.read(start - 1, start + length)
-                tokens[at:stop], labels[at:stop] = row[:-1], row[1:]
+                piece = self._stream.read(start - 1, start + length)
+                tokens[at:stop], labels[at:stop] = piece[:-1], piece[1:]
             else:
                 self._stream.read_into(labels[at:stop], 0)
                 tokens[at], tokens[at + 1 : stop] = self._end_of_text, labels[at : stop - 1]

@@ -234,7 +234,7 @@ class Trainer:
         for number in range(micro_batches):
             start = first + (number * self.world.size + self.world.rank) * size
             tokens_BT, labels_BT, starts_BT = self.stream.batch(range(start, start + size))
-            starts = starts_BT.to(device) if self.config.train.document_mask else None
+            starts = None if starts_BT is None else starts_BT.to(device)
             loss_BT, balance = self.engine(tokens_BT.to(device), labels_BT.to(device), starts)
             loss = loss_BT.mean()  # every position of a packed sample has a label
             self.engine.backward(loss + balance)

@@ -32,13 +32,19 @@ class Shard:
         return self.tokens[first:last]
 
 
+class FakeShards(list):
+    @property
+    def tokens(self) -> list[int]:
+        return [len(shard) for shard in self]
+
+
 def stream_of(tokens: np.ndarray) -> TokenStream:
     shards, start = [], 0
     for lengths in SHARDS:
         stop = start + sum(lengths)
         shards.append(Shard(tokens[start:stop], np.cumsum(lengths)))
         start = stop
-    return TokenStream(shards)
+    return TokenStream(FakeShards(shards))
 
 
 def boundary_before() -> list[int]:
