@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from k2train.comm.meeting import meet
+
 # How long ranks wait for each other where nothing else is said.
 TIMEOUT = timedelta(minutes=30)
 
@@ -35,13 +37,16 @@ def open_store(timeout: timedelta = TIMEOUT) -> Store:
     """Where ranks leave words for each other before there is a process group: the store that torchrun keeps, or rank 0.
 
     Args:
-        timeout: for the ranks to find it.
+        timeout: for the ranks to find it, and each other in it; see ``meet``.
+
+    Raises:
+        FailedTogether: a rank has not come in time.
     """
     rank, size = _place()
     if size == 1:
         return HashStore()
     store: Store = next(rendezvous("env://", rank, size, timeout=timeout))[0]
-    return store
+    return meet(store, rank, size, limit=timeout)
 
 
 def open_world(device: str, *, store: Store | None = None, timeout: timedelta = TIMEOUT) -> World:
