@@ -44,7 +44,11 @@ def write(config: WriteConfig) -> str:
             f"{paths.checkpoints} holds no checkpoint: give the folder of a run that has written one, "
             "as in run=runs/first"
         )
-    tokenizer = Tokenizer(paths.tokenizer.read_text(encoding="utf-8"), engine="tokenizers")
+    tokenizer = Tokenizer(
+        paths.tokenizer.read_text(encoding="utf-8"),
+        engine="tokenizers",
+        end_of_text=checkpoint.manifest.state["config"]["data"]["tokenizer"]["end_of_text"],
+    )
     return sample_text(load_model(checkpoint, world.device), tokenizer, config.generate, world.device)
 
 

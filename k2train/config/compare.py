@@ -9,6 +9,7 @@ from typing import Any
 HARMLESS = (
     "runs_dir",
     "data.cache_dir",
+    "data.workers",
     "train.micro_batch_size",
     "train.activation_checkpointing",
     "train.compile",

@@ -1,16 +1,24 @@
 """Text in, the same tokens in the same order out, at any scale.
 
-``prepare`` turns a corpus into shards of tokens, ``open_dataset`` opens and checks them, and ``TrainStream`` gives the
-sample with a number: a pure function of the seed and that number.
+``prepare`` turns sources of text into shards of tokens, ``open_dataset`` opens and checks them, and ``TrainStream``
+gives the sample with a number: a pure function of the seed and that number.
+
+What is named here is imported when it is first used: the processes that prepare data need no torch.
 """
 
-from k2train.data.compression import compressed_sizes
-from k2train.data.dataset import Dataset, Span, TokenStream, Windows, open_dataset
-from k2train.data.errors import DataError
-from k2train.data.prepare import Progress, prepare
-from k2train.data.stream import Trace, TrainStream
-from k2train.data.stretches import DataPhase
-from k2train.data.tokenizer import Tokenizer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from k2train.data.compression import compressed_sizes
+    from k2train.data.dataset import Dataset, Span, TokenStream, Windows, open_dataset
+    from k2train.data.errors import DataError
+    from k2train.data.preparation import Progress, prepare
+    from k2train.data.stream import Trace, TrainStream
+    from k2train.data.stretches import DataPhase
+    from k2train.data.tokenizer import Tokenizer
 
 __all__ = [
     "DataError",
@@ -27,3 +35,26 @@ __all__ = [
     "open_dataset",
     "prepare",
 ]
+
+# No module is named as what it exports: importing it would put the module in the place of the function.
+_HOMES = {
+    "DataError": "errors",
+    "DataPhase": "stretches",
+    "Dataset": "dataset",
+    "Progress": "preparation",
+    "Span": "dataset",
+    "TokenStream": "dataset",
+    "Tokenizer": "tokenizer",
+    "Trace": "stream",
+    "TrainStream": "stream",
+    "Windows": "dataset",
+    "compressed_sizes": "compression",
+    "open_dataset": "dataset",
+    "prepare": "preparation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -276,7 +276,11 @@ def open_dataset(manifest_path: Path) -> Dataset:
             f"the tokenizer {tokenizer_path} did not encode this data: its sha256 is {digest} and the manifest "
             f"says {manifest['tokenizer']['sha256']}: delete the folder {folder} and prepare the data again"
         )
-    tokenizer = Tokenizer(definition.decode("utf-8"), engine=manifest["tokenizer"]["engine"])
+    tokenizer = Tokenizer(
+        definition.decode("utf-8"),
+        engine=manifest["tokenizer"]["engine"],
+        end_of_text=manifest["tokenizer"]["end_of_text"],
+    )
     files: Files = CachedFolder(folder) if (folder / REMOTE_NAME).exists() else Folder(folder)
     shards: dict[tuple[str, str], Shards] = {}
     for source, described in manifest["sources"].items():

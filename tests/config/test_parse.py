@@ -30,9 +30,10 @@ def faults(mapping, **changes) -> tuple[str, ...]:
 def test_there_and_back(tiny):
     config = parse(RunConfig, tiny)
     assert parse(RunConfig, to_dict(config)) == config
-    expected = copy.deepcopy(tiny)
-    expected["data"]["sources"]["stdlib"]["path"] = None  # one of the keys that need not be given
-    assert to_dict(config) == expected
+    found = to_dict(config)
+    given = tiny["data"]["sources"]["stdlib"]  # one of the few groups whose keys need not all be given
+    assert found["data"]["sources"].pop("stdlib").items() >= given.items()
+    assert found == tiny | {"data": tiny["data"] | {"sources": {}}}
 
 
 def test_all_faults_are_told_at_once(tiny):

@@ -36,7 +36,7 @@ def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
         values = yaml.safe_load((config_dir() / "data" / "folder.yaml").read_text())
         values["tokenizer"] |= {"vocab_size": 320} | changes.pop("tokenizer", {})
         values["sources"]["folder"] |= changes.pop("source", {})
-        return parse(DataConfig, values | {"path": str(tmp_path / "corpus"), "held_out": 0.2} | changes)
+        return parse(DataConfig, values | {"path": str(tmp_path / "corpus"), "held_out": 0.2, "workers": 1} | changes)
 
     return make
 

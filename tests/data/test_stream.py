@@ -1,4 +1,3 @@
-import importlib
 import itertools
 import threading
 from dataclasses import replace
@@ -125,8 +124,7 @@ def test_a_split_smaller_than_a_sample_is_refused(dataset: Dataset):
 
 
 def test_shards_are_one_stream(dataset: Dataset, tmp_path: Path, make_config, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("k2train.data.prepare"), "UNIT_BYTES", 3000)
-    path = prepare(make_config(), cache=tmp_path / "other", progress=lambda *_: None)
+    path = prepare(make_config(shard_bytes=3000), cache=tmp_path / "other", progress=lambda *_: None)
     assert len(list(path.parent.glob("folder/train-*.safetensors"))) > 3
     cut = open_dataset(path)
     assert list(cut.documents("train")) == list(dataset.documents("train"))

@@ -1,11 +1,11 @@
-"""Where text comes from: the files of the running interpreter's standard library, or of a folder.
+"""Which files belong to a source, found without reading them.
 
 A corpus is a listing, sorted by origin (the path relative to its root, with forward slashes): the same files give the
-same corpus on any machine. Reading is apart from listing, so that a listing alone tells whether anything has changed.
+same corpus on any machine, and a listing alone tells whether anything has changed.
 
-A file is a document. Patterns are those of ``fnmatch`` on the origin, where ``*`` also matches slashes: a file belongs
-to the corpus if one of ``include`` matches it and none of ``exclude`` does. What belongs to it and cannot be used is
-counted under its reason and never stops the rest; see ``Skip``.
+Patterns are those of ``fnmatch`` on the origin, where ``*`` also matches slashes: a file belongs to the corpus if one
+of ``include`` matches it and none of ``exclude`` does. What belongs to it and cannot be used is counted under its
+reason and never stops the rest; see ``Skip``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from k2train.config import DataConfig
+from k2train.config import SourceConfig
 from k2train.data.errors import DataError, os_errors_explained
 
 
 class Skip(Enum):
-    """Why a file that the patterns ask for is no document."""
+    """Why what was found is no document of the data set."""
 
     UNREADABLE = "no permission, a broken link, or gone since it was listed"
     NOT_A_FILE = "a pipe, socket or device"
@@ -35,7 +35,25 @@ class Skip(Enum):
     EMPTY = "empty"
     BINARY = "binary: it has a NUL byte"
     NOT_UTF8 = "not UTF-8"
-    COPY = "byte for byte a copy of an earlier file"
+    SHORT = "shorter than min_characters"
+    LONG = "longer than max_characters"
+    UNMATCHED = "without a match of match"
+    REJECTED = "with a match of reject"
+    COPY = "byte for byte a copy of an earlier one"
+    NEAR_COPY = "nearly a copy of an earlier one"
+
+
+# What each kind reads where ``include`` is null; compressed or not.
+ENDINGS = {
+    "folder": ("",),
+    "stdlib": (".py",),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather"),
+    "megatron": (".idx",),
+    "raw": (".bin",),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -50,72 +68,54 @@ class File:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files to read, sorted by origin, and what the listing had to pass over."""
+    """What a source is made of, sorted by origin, and what the listing had to pass over."""
 
-    name: str
-    root: Path
+    title: str
+    root: str
     files: tuple[File, ...]
     skipped: Counter[Skip]
 
 
-def find_corpus(config: DataConfig, name: str, *, apart_from: Path) -> Corpus:
+def list_corpus(source: SourceConfig, name: str, *, apart_from: Path) -> Corpus:
     """Lists the files of a source without reading them.
 
     Args:
-        config: of the data set.
-        name: of the source.
+        source: its path is set, unless it is the standard library.
+        name: of the source, for messages.
         apart_from: a folder that is never entered: the cache may lie inside the folder that is read.
 
     Raises:
-        DataError: the root is missing, is no folder or cannot be listed, or no file matches.
+        DataError: the root is missing or cannot be listed, or no file matches.
     """
-    source = config.sources[name]
-    include = ("*",) if source.include is None else source.include
+    include = source.include or tuple(f"*{end}{squeezed}" for end in ENDINGS[source.kind] for squeezed in _squeezed())
     if source.kind == "stdlib":
         # Inside a virtual environment this is still the base interpreter's library.
         root = Path(sysconfig.get_path("stdlib"))
         title = f"standard library of {platform.python_implementation()} {platform.python_version()}"
         missing = f"the standard library of this Python should be in {root}, which is missing: use a Python that has it"
     else:
-        path = source.path or config.path
-        assert path  # by DataConfig.check
-        root, title = Path(path).expanduser(), "folder"
-        missing = f"the source {name}: {path} does not exist: give an existing folder"
+        assert source.path  # by DataConfig.check
+        root, title = Path(source.path).expanduser(), source.kind
+        missing = f"the source {name}: {source.path} does not exist: give an existing file or folder"
     with os_errors_explained(root):
         if not root.exists():
             raise DataError(missing)
-        if not root.is_dir():
-            raise DataError(f"the source {name}: {root} is not a folder: give a folder; include picks files in it")
         root = root.resolve()
-        files, skipped = _list_files(root, include, source.exclude, apart_from=apart_from.resolve())
+        if root.is_dir():
+            files, skipped = _list_files(root, include, source.exclude, apart_from=apart_from.resolve())
+        else:
+            status = root.stat()
+            files, skipped = (File(root.name, str(root), status.st_size, status.st_mtime_ns),), Counter()
     if not files:
         raise DataError(
             f"no file in {root} matches data.sources.{name}.include={list(include)} without matching exclude="
             f"{list(source.exclude)}{describe_skipped(skipped)}: change the patterns, or give another folder"
         )
-    return Corpus(title, root, files, skipped)
+    return Corpus(title, str(root), files, skipped)
 
 
-def read_text(file: File) -> str | Skip:
-    """The file's text, exactly (line ends and a byte order mark stay), or why it is no document.
-
-    Files that are not UTF-8 are left out, not repaired: replacement characters would be trained on, and the bytes of a
-    document would no longer be those of the file.
-    """
-    try:
-        data = Path(file.path).read_bytes()
-    except OSError as error:
-        if error.errno in _UNREADABLE:
-            return Skip.UNREADABLE
-        raise
-    if not data:
-        return Skip.EMPTY
-    if b"\0" in data:
-        return Skip.BINARY
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return Skip.NOT_UTF8
+def _squeezed() -> tuple[str, ...]:
+    return ("", *COMPRESSED)
 
 
 def describe_skipped(skipped: Counter[Skip]) -> str:
@@ -124,7 +124,7 @@ def describe_skipped(skipped: Counter[Skip]) -> str:
     return f" (skipped: {'; '.join(parts)})" if parts else ""
 
 
-_UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP)
 
 
 def _list_files(
@@ -138,7 +138,7 @@ def _list_files(
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
-            if not prefix or error.errno not in _UNREADABLE:
+            if not prefix or error.errno not in UNREADABLE:
                 raise
             skipped[Skip.UNREADABLE] += 1
             continue
@@ -164,7 +164,7 @@ def _look_at(entry: os.DirEntry[str], origin: str) -> File | Skip:
     try:
         status = entry.stat()  # of what a link points to
     except OSError as error:
-        if error.errno in _UNREADABLE:
+        if error.errno in UNREADABLE:
             return Skip.UNREADABLE
         raise
     if stat.S_ISDIR(status.st_mode):
