@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from k2train.data.errors import DataError
 
 PERMUTATIONS = 128
+SCHEME = "affine32"  # how datasketch draws permutations of 32-bit hashes
 WORDS = 5  # of a sequence
 
 
@@ -23,7 +24,7 @@ def signature(text: str) -> NDArray[np.uint32]:
     """(PERMUTATIONS,) of a text; upper case and punctuation do not matter."""
     words = re.findall(r"\w+", text.lower())
     sequences = {" ".join(words[i : i + WORDS]).encode() for i in range(max(1, len(words) - WORDS + 1))}
-    minhash = _datasketch().MinHash(num_perm=PERMUTATIONS)
+    minhash = _datasketch().MinHash(num_perm=PERMUTATIONS, scheme=SCHEME)
     minhash.update_batch(sorted(sequences))
     return np.asarray(minhash.hashvalues).astype(np.uint32)
 
@@ -39,7 +40,7 @@ class Seen:
 
     def add(self, signature: NDArray[np.uint32]) -> bool:
         """Whether the document is new; if so, it is remembered."""
-        minhash = _datasketch().MinHash(num_perm=PERMUTATIONS, hashvalues=signature.astype(np.uint64))
+        minhash = _datasketch().MinHash(hashvalues=signature, scheme=SCHEME)
         for key in self._index.query(minhash):
             if np.mean(self._signatures[key] == signature) >= self._threshold:
                 return False

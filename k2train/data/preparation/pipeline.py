@@ -39,7 +39,7 @@ from k2train.data.manifest import (
 from k2train.data.preparation.encode import LaneTask, Made, encode_lane, join_held_out, plan_lane
 from k2train.data.preparation.survey import Lane, Survey, Tick, lanes_of, read_survey, rows_of, survey
 from k2train.data.preparation.verdicts import TRAIN, Plan, decide
-from k2train.data.preparation.workers import over
+from k2train.data.preparation.workers import Workers
 from k2train.data.sources import Corpus, cut_pieces, find_corpus, located
 from k2train.data.tokenizer import Tokenizer, choose_engine, define
 from k2train.paths import atomic_write
@@ -77,7 +77,7 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / LOCK_NAME, progress) as progress:
             if not manifest_path.is_file():
-                manifest = _Preparation(config, sources, corpora, folder, progress).make()
+                manifest = _make(config, sources, corpora, folder, progress)
                 _remove_leftovers(folder, manifest)
                 write_manifest(folder, manifest)
     return manifest_path
@@ -99,6 +99,15 @@ def _key(config: DataConfig, sources: Mapping[str, SourceConfig], corpora: Mappi
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _make(
+    config: DataConfig, sources: dict[str, SourceConfig], corpora: dict[str, Corpus], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    pieces = {name: cut_pieces(source, corpora[name], size=config.shard_bytes) for name, source in sources.items()}
+    lanes = list(lanes_of(pieces, size=config.shard_bytes))
+    with Workers(min(len(lanes), config.workers or os.cpu_count() or 1)) as workers:
+        return _Preparation(config, sources, corpora, folder, progress, workers).make(lanes)
+
+
 @dataclass(frozen=True)
 class _Preparation:
     """All that the stages share."""
@@ -108,20 +117,17 @@ class _Preparation:
     corpora: dict[str, Corpus]
     folder: Path
     progress: Progress
+    workers: Workers
 
-    def make(self) -> dict[str, Any]:
+    def make(self, lanes: list[Lane]) -> dict[str, Any]:
         """Runs the stages and returns the manifest."""
         (self.folder / WORK_NAME).mkdir(exist_ok=True)
-        pieces = {
-            name: cut_pieces(source, self.corpora[name], size=self.config.shard_bytes)
-            for name, source in self.sources.items()
-        }
-        lanes = list(lanes_of(pieces, size=self.config.shard_bytes))
         self._run("read", lanes, partial(_survey, self.folder, self.sources, self.config.dedup == "near"))
         plan = decide(
             lanes,
             partial(_read_survey, self.folder),
             self.folder / WORK_NAME / "verdicts",
+            sources=self.sources,
             dedup=self.config.dedup,
             near_threshold=self.config.near_threshold,
             share=self.config.held_out,
@@ -136,10 +142,9 @@ class _Preparation:
         """``work`` of each lane (or of the tasks that stand for them), shared out to processes."""
         total = max(1, sum(lane.size for lane in lanes))
         return list(
-            over(
-                lanes if tasks is None else tasks,
+            self.workers.map(
                 work,
-                workers=min(len(lanes), self.config.workers or os.cpu_count() or 1),
+                lanes if tasks is None else tasks,
                 progress=lambda done: self.progress(stage, min(done, total), total),
             )
         )

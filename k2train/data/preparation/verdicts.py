@@ -7,7 +7,7 @@ looked at in parts of a range of hashes each, and verdicts lie in a file that is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ def decide(
     read: Callable[[Lane], Survey],
     path: Path,
     *,
+    sources: Iterable[str],
     dedup: str,
     near_threshold: float,
     share: float,
@@ -53,6 +54,7 @@ def decide(
         lanes: of all sources, in order.
         read: gives the survey of a lane.
         path: of the file of verdicts, which is made.
+        sources: names of all of them.
         dedup: none, exact or near.
         near_threshold: the similarity from which documents are alike.
         share: of each source's bytes that is held out.
@@ -62,10 +64,9 @@ def decide(
     """
     starts = np.concatenate([[0], np.cumsum([len(read(lane).sizes) for lane in lanes])]).astype(np.int64)
     total = int(starts[-1])
-    if total == 0:
-        raise DataError(
-            f"the sources {', '.join(sorted({lane.source for lane in lanes}))} have no documents: give others"
-        )
+    for source in sources:
+        if not any(len(read(lane).sizes) for lane in lanes if lane.source == source):
+            raise DataError(f"the source {source} has no documents: give it another path, or remove it")
     verdicts: NDArray[np.uint8] = np.memmap(path, np.uint8, "w+", shape=(total,))
     for lane in lanes:
         skips = read(lane).skips

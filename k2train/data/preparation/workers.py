@@ -25,65 +25,84 @@ STOPPED = -1  # takes the place of the bytes done: workers are to end
 _done: Any = None  # in a worker: bytes done by all of them, shared
 
 
-def over(
-    tasks: Iterable[Task],
-    work: Callable[[Task, Tick], Result],
-    *,
-    workers: int,
-    progress: Callable[[int], None],
-) -> Iterator[Result]:
-    """``work`` of each task, in the order of the tasks, by as many processes as are asked for and needed.
+class Workers:
+    """Processes that tasks are shared out to; a context manager. One worker is this process itself."""
 
-    Args:
-        tasks: may be pickled, as ``work`` and what it returns; only a few are taken ahead.
-        work: is given a task, and what to tell the bytes done.
-        workers: one works in this process.
-        progress: called with the bytes done so far.
+    def __init__(self, number: int) -> None:
+        """Starts nothing yet."""
+        self._number = number
+        # Spawned, not forked: a fork of a process that has threads, as torch's, may hang.
+        self._context = multiprocessing.get_context("spawn")
+        self._shared = self._context.Value("q", 0)
+        self._pool: ProcessPoolExecutor | None = None
 
-    Raises:
-        DataError: a worker was killed; or what ``work`` raises.
-    """
-    if workers <= 1:
-        done = 0
+    def __enter__(self) -> Workers:
+        if self._number > 1:
+            self._pool = ProcessPoolExecutor(
+                self._number, mp_context=self._context, initializer=_begin, initargs=(self._shared,)
+            )
+        return self
 
-        def tick(size: int) -> None:
-            nonlocal done
-            done += size
-            progress(done)
+    def __exit__(self, *raised: object) -> None:
+        if self._pool:
+            with self._shared.get_lock():
+                self._shared.value = STOPPED
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
-        for task in tasks:
-            yield work(task, tick)
-        return
-    # Spawned, not forked: a fork of a process that has threads, as torch's, may hang.
-    context = multiprocessing.get_context("spawn")
-    shared = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(shared,)) as pool:
+    def map(
+        self, work: Callable[[Task, Tick], Result], tasks: Iterable[Task], *, progress: Callable[[int], None]
+    ) -> Iterator[Result]:
+        """``work`` of each task, in the order of the tasks.
+
+        Args:
+            work: is given a task, and what to tell the bytes done; may be pickled, as what it is given and returns.
+            tasks: only a few are taken ahead.
+            progress: called with the bytes done so far.
+
+        Raises:
+            DataError: a worker was killed; or what ``work`` raises.
+        """
+        if self._pool is None:
+            yield from _alone(work, tasks, progress)
+            return
+        with self._shared.get_lock():
+            self._shared.value = 0
+        waiting: list[Future[Result]] = []
         try:
-            waiting: list[Future[Result]] = []
             for task in tasks:
-                waiting.append(pool.submit(_call, work, task))
-                if len(waiting) == 4 * workers:
-                    yield from _first(waiting, shared, progress)
+                waiting.append(self._pool.submit(_call, work, task))
+                if len(waiting) == 4 * self._number:
+                    yield from self._first(waiting, progress)
             while waiting:
-                yield from _first(waiting, shared, progress)
+                yield from self._first(waiting, progress)
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that prepares data was killed, perhaps as memory ran out: lower data.workers or "
                 "data.shard_bytes and start the same command again; what is finished is kept"
             ) from error
-        finally:
-            with shared.get_lock():
-                shared.value = STOPPED
-            pool.shutdown(wait=True, cancel_futures=True)
+        progress(self._shared.value)
+
+    def _first(self, waiting: list[Future[Result]], progress: Callable[[int], None]) -> Iterator[Result]:
+        told = None
+        while not waiting[0].done():
+            wait(waiting[:1], timeout=POLL, return_when=FIRST_COMPLETED)
+            if told != self._shared.value:  # who waits for this process is told only while it gets on
+                progress(told := self._shared.value)
+        yield waiting.pop(0).result()
 
 
-def _first(waiting: list[Future[Result]], shared: Any, progress: Callable[[int], None]) -> Iterator[Result]:
-    told = None
-    while not waiting[0].done():
-        wait(waiting[:1], timeout=POLL, return_when=FIRST_COMPLETED)
-        if told != shared.value:  # who waits for this process is told only while it gets on
-            progress(told := shared.value)
-    yield waiting.pop(0).result()
+def _alone(
+    work: Callable[[Task, Tick], Result], tasks: Iterable[Task], progress: Callable[[int], None]
+) -> Iterator[Result]:
+    done = 0
+
+    def tick(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done)
+
+    for task in tasks:
+        yield work(task, tick)
 
 
 def _begin(shared: Any) -> None:
