@@ -49,6 +49,7 @@ Progress = Callable[[str, int, int], None]  # stage ("wait", "read", "tokenizer"
 TOKENIZER_NAME = "tokenizer.json"
 LOCK_NAME = "lock"
 WORK_NAME = "work"  # folder of what is needed until the manifest is written
+DECISIVE = ("dedup", "near_threshold", "held_out", "shard_bytes", "tokenizer")  # settings that enter, beside sources
 TRAINING_BYTES = 128 << 20  # text that the tokenizer is trained on, at most: merges hardly change with more
 TRAINING_LANES = 256  # that this text is taken from, at most
 CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 64, 1 << 16  # on which the fast engine's ids are compared: how many, how much
@@ -85,9 +86,7 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
 
 def _key(config: DataConfig, sources: Mapping[str, SourceConfig], corpora: Mapping[str, Corpus]) -> str:
     """Names the result before any file is read."""
-    settings = asdict(config)
-    for elsewhere in ("path", "cache_dir", "workers", "weights", "max_epochs"):  # do not enter into the tokens
-        del settings[elsewhere]
+    settings = {key: value for key, value in asdict(config).items() if key in DECISIVE}
     settings["sources"] = {name: asdict(source) | {"path": None} for name, source in sources.items()}
     listings = {
         name: {"root": corpus.root, "files": [(file.origin, file.size, file.mtime_ns) for file in corpus.files]}
