@@ -1,21 +1,24 @@
-"""Intervals of flattened global tensors: one file a rank when written, any cut of them when read."""
+"""Intervals of flattened global tensors: one file a rank when written, any cut of them when read.
+
+Where each interval is stands in a table of its own (``segments.safetensors``), a sorted array a tensor: at stage 3 of
+ZeRO a checkpoint has as many segments as parameters times processes, and a reader finds its own by bisection.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-import xxhash
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from k2train.checkpoint.manifest import CheckpointError, FileRecord, Manifest
+from k2train.checkpoint.manifest import CheckpointError, FileRecord, Manifest, TensorRecord
+from k2train.checkpoint.safetensors_file import TORCH, SafetensorsFile, read_header, write_safetensors
 
-CHUNK = 1 << 24  # bytes hashed at once
+SEGMENTS = "segments.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,30 +37,56 @@ class Interval:
 
 
 def write_intervals(path: Path, intervals: Sequence[Interval]) -> FileRecord:
-    """Writes a rank's intervals as one safetensors file, synced to disk.
+    """Writes a rank's intervals as one file, synced to disk. Raises OSError if it cannot be written."""
+    return write_safetensors(path, {f"{i.tensor}/{i.start}": i.values for i in intervals})
+
+
+def read_segments(
+    folder: Path, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, TensorRecord], dict[str, torch.Tensor]]:
+    """What lies in files written by ``write_intervals``, from their headers.
+
+    Args:
+        folder: of the files.
+        names: the files; their order numbers them.
+        shapes: global shape by the name of a parameter or buffer. A tensor of any other name is flat.
+
+    Returns:
+        Of each tensor its record, and its segments: [n, 2], first element and number of the file, sorted.
 
     Raises:
-        OSError: it cannot be written (permission, space).
+        CheckpointError: a tensor's segments do not cover each of its elements exactly once.
+        OSError: a file cannot be read.
     """
-    tensors = {f"{i.tensor}/{i.start}": i.values.detach().contiguous().cpu() for i in intervals}
-    try:
-        save_file(tensors, path)
-    except OSError:
-        raise
-    except Exception as error:  # safetensors wraps the system's error in its own; the number is only in its text
-        raise _as_oserror(error, path) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return FileRecord(path.stat().st_size, file_hash(path))
+    cuts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    dtypes: dict[str, str] = {}
+    for number, name in enumerate(names):
+        for entry, described in read_header(folder / name).items():
+            tensor, _, start = entry.rpartition("/")
+            first = int(start)
+            cuts[tensor].append((first, first + math.prod(described["shape"]), number))
+            dtypes[tensor] = described["dtype"]
+    tensors, tables = {}, {}
+    for tensor, segments in cuts.items():
+        segments.sort()
+        shape = shapes.get(tensor.rpartition("/")[0], (segments[-1][1],))
+        check_tiling(tensor, segments, shape)
+        tensors[tensor] = TensorRecord(shape, str(TORCH[dtypes[tensor]]).removeprefix("torch."))
+        tables[tensor] = torch.tensor([(start, number) for start, _, number in segments])
+    return tensors, tables
 
 
-def file_hash(path: Path) -> str:
-    """xxh3-128 of a file, as hex."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def check_tiling(tensor: str, segments: Sequence[tuple[int, int, int]], shape: tuple[int, ...]) -> None:
+    """Raises CheckpointError unless sorted segments (start, stop, file) cover each element of a tensor exactly once."""
+    position = 0
+    for start, stop, _ in segments:
+        if start != position:
+            fault = "are missing" if start > position else "are there twice"
+            low, high = sorted((position, start))
+            raise CheckpointError(f"elements {low} to {high} of {tensor} {fault}")
+        position = stop
+    if position != math.prod(shape):
+        raise CheckpointError(f"{tensor} of shape {list(shape)} ends at element {position}")
 
 
 class IntervalReader:
@@ -66,7 +95,8 @@ class IntervalReader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._open: dict[str, safe_open] = {}
+        self._names = list(manifest.files)
+        self._open: dict[str, SafetensorsFile] = {}
 
     def fill(self, name: str, key: str, start: int, out: torch.Tensor) -> None:
         """Fills ``out`` (1-D) with elements [start, start + len(out)) of tensor ``name``/``key``.
@@ -74,38 +104,49 @@ class IntervalReader:
         Raises:
             CheckpointError: the checkpoint does not hold them.
         """
-        tensor = f"{name}/{key}"
-        if tensor not in self._manifest.tensors:
-            raise CheckpointError(f"{self._folder} holds no {key} of {name}: it is a checkpoint of another model")
-        stop, filled = start + len(out), 0
-        for segment in self._manifest.tensors[tensor].segments:
-            low, high = max(start, segment.start), min(stop, segment.stop)
-            if low < high:
-                file: Any = self._file(segment.file)
-                values = file.get_slice(f"{tensor}/{segment.start}")
-                out[low - start : high - start].copy_(values[low - segment.start : high - segment.start])
-                filled += high - low
-        if filled != len(out):
-            raise CheckpointError(f"{self._folder} holds {filled} of the {len(out)} elements asked of {tensor}")
+        tensor, stop = f"{name}/{key}", start + len(out)
+        record = self._record(tensor)
+        numel, dtype = math.prod(record.shape), getattr(torch, record.dtype)
+        if not 0 <= start <= stop <= numel:
+            raise CheckpointError(f"{self._folder} holds elements 0 to {numel} of {tensor}, not {start} to {stop}")
+        table = self.segments(tensor)
+        number = int(np.searchsorted(table[:, 0], start, side="right")) - 1
+        position = start
+        while position < stop:
+            begin, file = (int(v) for v in table[number])
+            end = min(stop, int(table[number + 1, 0]) if number + 1 < len(table) else numel)
+            source = self.file(self._names[file]).bytes(f"{tensor}/{begin}", position - begin, end - begin)
+            _copy(source, dtype, out[position - start : end - start])
+            position, number = end, number + 1
 
     def read(self, name: str, key: str) -> torch.Tensor:
-        """A whole tensor in its shape, on the CPU."""
-        if (record := self._manifest.tensors.get(f"{name}/{key}")) is None:
-            raise CheckpointError(f"{self._folder} holds no {key} of {name}: it is a checkpoint of another model")
+        """A whole tensor in its shape, on the CPU. Raises CheckpointError if the checkpoint does not hold it."""
+        record = self._record(f"{name}/{key}")
         out = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
         self.fill(name, key, 0, out.view(-1))
         return out
 
-    def _file(self, name: str) -> safe_open:
+    def segments(self, tensor: str) -> np.ndarray:
+        """[n, 2]: first element and number of the file of each segment, sorted."""
+        table = self.file(SEGMENTS)
+        (length, _) = table.header[tensor]["shape"] if tensor in table.header else (0, 2)
+        return table.bytes(tensor, 0, 2 * length).view(np.int64).reshape(-1, 2)
+
+    def file(self, name: str) -> SafetensorsFile:
+        """One of the checkpoint's files, opened once."""
         if name not in self._open:
-            self._open[name] = safe_open(self._folder / name, framework="pt")
+            self._open[name] = SafetensorsFile(self._folder / name)
         return self._open[name]
 
+    def _record(self, tensor: str) -> TensorRecord:
+        if (record := self._manifest.tensors.get(tensor)) is None:
+            name, _, key = tensor.rpartition("/")
+            raise CheckpointError(f"{self._folder} holds no {key} of {name}: it is a checkpoint of another model")
+        return record
 
-def _as_oserror(error: Exception, path: Path) -> OSError:
-    """safetensors says ``... (os error 28)``: give the number back to the exception."""
-    text = str(error)
-    if "os error " in text:
-        number = int(text.split("os error ")[1].split(")")[0])
-        return OSError(number, os.strerror(number), str(path))
-    return OSError(f"{path} could not be written: {text}")
+
+def _copy(source: np.ndarray, dtype: torch.dtype, out: torch.Tensor) -> None:
+    if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
+        np.copyto(out.detach().view(torch.uint8).numpy(), source)  # twice as fast as torch's copy on one thread
+    else:
+        out.copy_(torch.from_numpy(source.copy()).view(dtype))

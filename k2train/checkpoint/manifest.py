@@ -1,15 +1,20 @@
-"""The table of contents of a checkpoint: what is where, and how to tell that it is whole."""
+"""The first page of a checkpoint: which files and tensors there are, and all state that is no tensor."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FORMAT = 1
+import xxhash
+
+FORMAT = 2
 MANIFEST = "manifest.json"
+
+# The text vouches for itself: it begins with the hash of all that follows it.
+_OPENING = '{"xxh3_128":"'
+_AFTER = len(_OPENING) + 32
 
 
 class CheckpointError(ValueError):
@@ -25,21 +30,11 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Elements [start, stop) of a flattened global tensor and the file that holds them."""
-
-    file: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class TensorRecord:
-    """A global tensor in pieces. ``segments`` are sorted and tile it exactly."""
+    """A global tensor; where its parts are is in the table of segments."""
 
     shape: tuple[int, ...]
     dtype: str  # as torch prints it without "torch."
-    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -51,69 +46,43 @@ class Manifest:
     """
 
     step: int
-    files: Mapping[str, FileRecord]
+    files: Mapping[str, FileRecord]  # segments are numbered by this order
     tensors: Mapping[str, TensorRecord]
     state: Mapping[str, Any]
 
-    def check_tiling(self) -> None:
-        """Raises CheckpointError unless the segments of every tensor cover each of its elements exactly once."""
-        for key, tensor in self.tensors.items():
-            position = 0
-            for segment in tensor.segments:
-                if segment.start != position:
-                    fault = "are missing" if segment.start > position else "are there twice"
-                    span = sorted((position, segment.start))
-                    raise CheckpointError(f"elements {span[0]} to {span[1]} of {key} {fault}")
-                position = segment.stop
-            if position != math.prod(tensor.shape):
-                raise CheckpointError(f"{key} of shape {list(tensor.shape)} ends at element {position}")
-
     def to_json(self) -> str:
-        """The text of ``manifest.json``; files are numbered in it, as there may be many segments."""
-        numbers = {name: number for number, name in enumerate(self.files)}
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "step": self.step,
-                "files": [{"name": n, "bytes": f.size, "xxh3_128": f.xxh3_128} for n, f in self.files.items()],
-                "tensors": {
-                    key: {
-                        "shape": list(t.shape),
-                        "dtype": t.dtype,
-                        "segments": [[numbers[s.file], s.start, s.stop] for s in t.segments],
-                    }
-                    for key, t in self.tensors.items()
-                },
-                "state": self.state,
-            },
-            indent=None,
-            separators=(",", ":"),
-        )
+        """The text of ``manifest.json``."""
+        contents = {
+            "format": FORMAT,
+            "step": self.step,
+            "files": [{"name": n, "bytes": f.size, "xxh3_128": f.xxh3_128} for n, f in self.files.items()],
+            "tensors": {key: {"shape": list(t.shape), "dtype": t.dtype} for key, t in self.tensors.items()},
+            "state": self.state,
+        }
+        rest = '",' + json.dumps(contents, separators=(",", ":"))[1:] + "\n"
+        return _OPENING + xxhash.xxh3_128_hexdigest(rest.encode()) + rest
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """The inverse of ``to_json``.
 
         Raises:
-            CheckpointError: the text is no manifest, or one of a format this version does not read.
+            CheckpointError: the text is no manifest, a damaged one, or one of a format this version does not read.
         """
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise CheckpointError(
-                    f"it has format {data['format']}, this version reads {FORMAT}: use the k2train that wrote it"
+                    f"it has format {data['format']}, this version reads {FORMAT}: finish the run with the k2train "
+                    "that began it, or begin anew under another name"
                 )
-            names = [f["name"] for f in data["files"]]
+            if text[:_AFTER] != _OPENING + xxhash.xxh3_128_hexdigest(text[_AFTER:].encode()):
+                raise CheckpointError(f"{MANIFEST} is damaged: its hash is not the one it begins with")
             return cls(
                 step=int(data["step"]),
                 files={f["name"]: FileRecord(int(f["bytes"]), str(f["xxh3_128"])) for f in data["files"]},
-                tensors={
-                    key: TensorRecord(
-                        tuple(t["shape"]), str(t["dtype"]), tuple(Segment(names[f], a, b) for f, a, b in t["segments"])
-                    )
-                    for key, t in data["tensors"].items()
-                },
+                tensors={key: TensorRecord(tuple(t["shape"]), str(t["dtype"])) for key, t in data["tensors"].items()},
                 state=data["state"],
             )
         except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"its manifest is damaged ({error})") from error
+            raise CheckpointError(f"{MANIFEST} is damaged ({error})") from error

@@ -1,31 +1,31 @@
-"""A checkpoint becomes visible whole or not at all: written aside, hashed, synced, renamed."""
+"""A checkpoint becomes visible whole or not at all: written aside by all ranks, hashed, synced, renamed."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from k2train.checkpoint.intervals import Interval, IntervalReader, file_hash, write_intervals
-from k2train.checkpoint.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, Segment, TensorRecord
-from k2train.comm import World, gather_json, together
-from k2train.paths import atomic_write, sync_directory
+import torch.distributed as dist
+
+from k2train.checkpoint.find import BEST, LATEST, folder_of, read_name, steps
+from k2train.checkpoint.intervals import SEGMENTS, Interval, read_segments, write_intervals
+from k2train.checkpoint.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
+from k2train.checkpoint.safetensors_file import write_safetensors
+from k2train.comm import World, gather_json
+from k2train.paths import atomic_write, explain_oserror, sync_directory
+from k2train.units import memory
+
+# Room for headers, tables and the manifest, beside the tensors.
+SPARE = 1 << 22
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A published checkpoint whose files were found whole."""
-
-    folder: Path
-    manifest: Manifest
-
-    def reader(self) -> IntervalReader:
-        """Access to its tensors."""
-        return IntervalReader(self.folder, self.manifest)
+class SaveError(CheckpointError):
+    """The disk did not take a checkpoint; nothing was published, and another try may succeed."""
 
 
 def save_checkpoint(
@@ -36,108 +36,134 @@ def save_checkpoint(
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, Any],
     world: World,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Writes and publishes ``directory/step-N``; called by all ranks together.
+    """Writes and publishes ``directory/step-N``, and then ``directory/latest``; called by all ranks together.
 
     Args:
-        directory: the run's checkpoints.
+        directory: the run's checkpoints; on a disk that all ranks see.
         step: optimizer steps taken.
         intervals: what this rank holds; over all ranks they must tile every tensor.
-        shapes: global shape of each name in ``intervals``.
+        shapes: global shape of each name in ``intervals``; one that is not here is flat and in one piece.
         state: all else that decides the future, fit for JSON; rank 0's is written.
         world: the run's processes.
+        group: all of them, to agree in; a group of its own if the caller is a thread of its own.
 
     Returns:
         The published folder.
 
     Raises:
-        CheckpointError: the intervals of the ranks do not tile a tensor.
-        OSError: on the rank that could not write; FailedTogether on the others. Nothing is published then.
+        SaveError: a rank could not write. All ranks raise the same.
+        CheckpointError: the intervals of the ranks do not tile a tensor, or the ranks do not see the same disk.
     """
-    folder = directory / f"step-{step:08d}"
+    folder = folder_of(directory, step)
     partial = folder.with_name(folder.name + ".partial")
-    with together():
+    needed = sum(gather_json(sum(i.values.nbytes for i in intervals), group=group))
+    try:
+        with _agreed(step, group):
+            if world.main:
+                directory.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                check_space(directory, needed)
+                partial.mkdir()
+        with _agreed(step, group):
+            _check_shared(partial, writer="rank 0")
+            name = f"rank-{world.rank:05d}.safetensors"
+            record = write_intervals(partial / name, intervals)
+        written = gather_json([name, record.size, record.xxh3_128, socket.gethostname()], group=group)
+        with _agreed(step, group):
+            if world.main:
+                for file, _, _, host in written:
+                    _check_shared(partial / file, writer=host)
+                tensors, segments = read_segments(partial, [file for file, *_ in written], shapes)
+                files = {file: FileRecord(length, digest) for file, length, digest, _ in written}
+                files[SEGMENTS] = write_safetensors(partial / SEGMENTS, segments)
+                atomic_write(partial / MANIFEST, Manifest(step, files, tensors, state).to_json())
+                _publish(partial, folder)
+    except CheckpointError:
         if world.main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    with together():
-        name = f"rank-{world.rank:05d}.safetensors"
-        record = write_intervals(partial / name, intervals)
-    table = gather_json(
-        {
-            "file": [name, record.size, record.xxh3_128],
-            "segments": [
-                [i.tensor, list(shapes[i.name]), str(i.values.dtype).removeprefix("torch."), i.start, len(i.values)]
-                for i in intervals
-            ],
-        }
-    )
-    with together():
-        if world.main:
-            manifest = _join(step, table, state)
-            atomic_write(partial / MANIFEST, manifest.to_json())
-            shutil.rmtree(folder, ignore_errors=True)  # the same step once more, after a resume from an older one
-            os.replace(partial, folder)
-            sync_directory(directory)
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise
     return folder
 
 
-def newest_checkpoint(directory: Path, *, world: World, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; called by all ranks together.
+def check_space(directory: Path, needed: int) -> None:
+    """Raises SaveError if ``needed`` bytes do not fit on the disk of ``directory``."""
+    if (free := shutil.disk_usage(directory).free) < needed + SPARE:
+        raise SaveError(
+            f"a checkpoint takes {memory(needed)} and the disk of {directory} has {memory(free)} free: make room, "
+            "or keep fewer with checkpoint.keep"
+        )
 
-    Each rank hashes its share of the files. A damaged checkpoint is passed over, and ``say`` is told why.
+
+def mark_best(directory: Path, step: int) -> None:
+    """Names the checkpoint of a step as the best one, which ``prune`` then leaves alone; called by one rank."""
+    atomic_write(directory / BEST, folder_of(directory, step).name + "\n")
+
+
+def prune(directory: Path, *, keep: int, every: int | None = None, since: float | None = None) -> None:
+    """Deletes checkpoints that are too old, and what broken-off writes left; called by one rank.
+
+    Args:
+        directory: the run's checkpoints.
+        keep: the newest of them stay.
+        every: those of steps that it divides stay.
+        since: those written after this time (seconds since the epoch) stay.
     """
-    for folder in sorted(directory.glob("step-*"), key=_step, reverse=True):
-        if _step(folder) < 0:
-            continue
-        fault, manifest = None, None
-        try:
-            manifest = Manifest.from_json((folder / MANIFEST).read_text())
-            manifest.check_tiling()
-            _check_files(folder, manifest, share=(world.rank, world.size))
-        except (CheckpointError, OSError) as error:
-            fault = str(error)
-        faults = [f for f in gather_json(fault) if f]
-        if not faults and manifest is not None:
-            return Checkpoint(folder, manifest)
-        say(f"passing over {folder}: {faults[0]}")
-    return None
+    best = read_name(directory / BEST)
+    for step in steps(directory)[keep:]:
+        folder = folder_of(directory, step)
+        young = since is not None and folder.stat().st_mtime > since
+        if not (young or folder.name == best or (every and step % every == 0)):
+            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in (*directory.glob("step-*.partial"), *directory.glob("step-*.replaced")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(directory: Path, *, keep: int) -> None:
-    """Deletes all but the ``keep`` newest checkpoints, and what broken-off writes left; called by one rank."""
-    published = sorted((f for f in directory.glob("step-*") if _step(f) >= 0), key=_step)
-    for folder in [*published[:-keep], *directory.glob("step-*.partial")]:
-        shutil.rmtree(folder, ignore_errors=True)
+def _publish(partial: Path, folder: Path) -> None:
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():  # the same step once more
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(folder, replaced)
+    sync_directory(partial)
+    os.replace(partial, folder)
+    sync_directory(folder.parent)
+    atomic_write(folder.parent / LATEST, folder.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _step(folder: Path) -> int:
-    found = re.fullmatch(r"step-(\d+)", folder.name)
-    return int(found[1]) if found else -1
+def _check_shared(path: Path, *, writer: str) -> None:
+    """Raises CheckpointError unless this rank sees what another one wrote."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}, written by {writer}, is not there on {socket.gethostname()}: runs_dir must be on a disk that all "
+            "nodes share (NFS, Lustre, ...), as any of them may read any part of a checkpoint"
+        )
 
 
-def _join(step: int, table: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> Manifest:
-    """One manifest of what all ranks wrote."""
-    files = {entry["file"][0]: FileRecord(entry["file"][1], entry["file"][2]) for entry in table}
-    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
-    segments: dict[str, list[Segment]] = {}
-    for entry in table:
-        for tensor, shape, dtype, start, length in entry["segments"]:
-            kinds[tensor] = (tuple(shape), dtype)
-            segments.setdefault(tensor, []).append(Segment(entry["file"][0], start, start + length))
-    tensors = {
-        tensor: TensorRecord(shape, dtype, tuple(sorted(segments[tensor], key=lambda s: s.start)))
-        for tensor, (shape, dtype) in kinds.items()
-    }
-    manifest = Manifest(step, files, tensors, state)
-    manifest.check_tiling()
-    return manifest
+@contextmanager
+def _agreed(step: int, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A block that all ranks pass or none: if it fails on any, all raise what the first of them says.
+
+    Like ``k2train.comm.together``, but the error is the same everywhere, so that all can go on alike.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, it is raised again below
+        failure = error
+    told = gather_json(
+        None if failure is None else [isinstance(failure, OSError | SaveError), _sentence(failure)], group=group
+    )
+    for rank, found in enumerate(told):
+        if found is not None:
+            disk, sentence = found
+            speaker = f"rank {rank}: " if len(told) > 1 else ""
+            kind = SaveError if disk else CheckpointError
+            raise kind(f"the checkpoint of step {step} was not saved: {speaker}{sentence}") from failure
 
 
-def _check_files(folder: Path, manifest: Manifest, *, share: tuple[int, int]) -> None:
-    rank, size = share
-    for number, (name, record) in enumerate(manifest.files.items()):
-        if (actual := (folder / name).stat().st_size) != record.size:
-            raise CheckpointError(f"{name} has {actual} bytes instead of {record.size}")
-        if number % size == rank and file_hash(folder / name) != record.xxh3_128:
-            raise CheckpointError(f"{name} is damaged: its hash is not the one in the manifest")
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return explain_oserror(error)
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

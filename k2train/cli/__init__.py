@@ -64,7 +64,10 @@ def _run(command: Command, arguments: Arguments) -> int:
         return _refuse([f"the packages that train are not installed: {INSTALL}"], USAGE)
     from k2train.cli.compose import as_yaml, compose
 
-    mapping = compose(command, arguments.overrides, arguments.config_dirs)
+    overrides = [
+        f"{command.argument}={word}" if command.argument and "=" not in word else word for word in arguments.overrides
+    ]
+    mapping = compose(command, overrides, arguments.config_dirs)
     if arguments.show_config and _speaks():
         print(as_yaml(mapping), end="")
     config: object = parse(command.schema, mapping)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2train.config import RunConfig, WriteConfig
+from k2train.config import CheckConfig, RunConfig, WriteConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Command:
     schema: type
     module: str
     common: tuple[tuple[str, str], ...]  # the overrides people need most, and what they do
+    argument: str | None = None  # the key that a word without = is the value of
 
 
 RUN_GROUPS = ("model", "data", "optim", "schedule", "parallel", "track", "experiment")
@@ -51,7 +52,8 @@ TRAIN = Command(
     explanation=(
         "Prepares the data if need be, trains under DeepSpeed, and ends with the bits per byte on held-out text, a\n"
         "sample of generated text and a picture of the curves, all in runs_dir/name. The same command again resumes\n"
-        "a run that was stopped, and shows the result of one that is finished.\n"
+        "a run that was stopped, and shows the result of one that is finished. init_from=RUN begins a new run with\n"
+        "the weights of another.\n"
         "\n"
         "Several processes, one for each GPU of a machine:\n"
         "  torchrun --standalone --nproc_per_node N -m k2train train [overrides]"
@@ -117,4 +119,39 @@ GENERATE = Command(
     ),
 )
 
-COMMANDS = {command.name: command for command in (PREPARE, TRAIN, AUDIT, GENERATE)}
+CHECKPOINT = (
+    ("checkpoint=runs/first", "the folder of a run, of which the newest checkpoint is taken"),
+    ("checkpoint=runs/first/checkpoints/step-00000100", "one checkpoint"),
+)
+
+INSPECT = Command(
+    name="inspect",
+    summary="tell what a checkpoint is",
+    explanation=(
+        "Says of a checkpoint how far it is, the size of its model, its data, the layout and versions it was written\n"
+        "with, and its settings. The tensors are not read."
+    ),
+    primary="checkpoint",
+    groups=(),
+    schema=CheckConfig,
+    module="k2train.cli.inspect",
+    common=CHECKPOINT,
+    argument="checkpoint",
+)
+
+VERIFY = Command(
+    name="verify",
+    summary="check that a checkpoint is whole",
+    explanation=(
+        "Reads all of a checkpoint: the size and hash of every file, and that each element of each tensor is there\n"
+        "exactly once. The exit status is 0 if it is whole, else 1, and each fault is named."
+    ),
+    primary="checkpoint",
+    groups=(),
+    schema=CheckConfig,
+    module="k2train.cli.verify",
+    common=CHECKPOINT,
+    argument="checkpoint",
+)
+
+COMMANDS = {command.name: command for command in (PREPARE, TRAIN, AUDIT, GENERATE, INSPECT, VERIFY)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from k2train.checkpoint import Checkpoint, CheckpointError, newest_checkpoint
+from k2train.checkpoint import Checkpoint, find_checkpoint
 from k2train.comm import close_world, open_world
 from k2train.config import ModelConfig, WriteConfig, parse
 from k2train.data import Tokenizer
@@ -38,12 +38,7 @@ def write(config: WriteConfig) -> str:
     """
     world = open_world(config.device)
     paths = RunPaths(Path(config.run))
-    checkpoint = newest_checkpoint(paths.checkpoints, world=world, say=lambda text: print(text, file=sys.stderr))
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{paths.checkpoints} holds no checkpoint: give the folder of a run that has written one, "
-            "as in run=runs/first"
-        )
+    checkpoint = find_checkpoint(paths.root, world=world, say=lambda text: print(text, file=sys.stderr))
     tokenizer = Tokenizer(
         paths.tokenizer.read_text(encoding="utf-8"),
         engine="tokenizers",
@@ -54,7 +49,7 @@ def write(config: WriteConfig) -> str:
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:
     """The model of a checkpoint, whole on this process, in fp32."""
-    saved, reader = checkpoint.manifest.state, checkpoint.reader()
+    saved, reader = checkpoint.manifest.state, checkpoint.reader
     architecture = dataclasses.replace(parse(ModelConfig, saved["config"]["model"]), vocab_size=saved["vocab_size"])
     model = build_model(architecture, seed=0, device=device)
     with torch.no_grad():

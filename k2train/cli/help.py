@@ -54,10 +54,11 @@ def command_help(command: Command, own_dirs: Sequence[Path]) -> str:
         command: the one to explain.
         own_dirs: folders with configs of one's own, whose options are listed too.
     """
+    argument = f"{command.argument.upper()} " if command.argument else ""
     lines = [
         f"k2train {command.name}: {command.summary}",
         "",
-        f"  k2train {command.name} [key=value ...] [--cfg job] [--config-dir DIR]",
+        f"  k2train {command.name} {argument}[key=value ...] [--cfg job] [--config-dir DIR]",
         "",
         command.explanation,
     ]

@@ -17,8 +17,7 @@ from rich.console import Console
 
 from k2train import status
 from k2train.cli.progress import PrepareProgress
-from k2train.config import ConfigError, RunConfig, to_dict
-from k2train.config.compare import changed_settings
+from k2train.config import ConfigError, RunConfig, changed_settings, refuse_changes, to_dict
 from k2train.lock import held_alone
 from k2train.paths import RunPaths, atomic_write, cache_dir
 from k2train.train.failures import report_failure, report_hang
@@ -27,6 +26,7 @@ from k2train.train.signals import Signals, Stopped
 from k2train.train.watchdog import Watchdog, beat
 
 if TYPE_CHECKING:
+    from k2train.report import Summary
     from k2train.train.trainer import Trainer
     from k2train.train.validate import HeldOutLoss
 
@@ -46,9 +46,9 @@ def run(config: RunConfig) -> int:
     paths = RunPaths(Path(config.runs_dir).expanduser() / config.name)
     if faults := [*config.check_world(world_size), *_other_settings(config, paths)]:
         raise ConfigError(faults)
-    if paths.summary.exists():
+    if (summary := _finished(config, paths)) is not None:
         if rank == 0:
-            _show_finished(paths)
+            _show_finished(summary)
         return status.OK
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     with held_alone(paths.lock, patience=PATIENCE, busy=BUSY) if rank == 0 else contextlib.nullcontext():
@@ -84,19 +84,25 @@ def _other_settings(config: RunConfig, paths: RunPaths) -> list[str]:
     """Why the run of this name is another one, if it is. One that failed before its first step binds nobody."""
     if not (paths.config.exists() and paths.metrics.exists()):
         return []
-    if not (changes := changed_settings(json.loads(paths.config.read_text(encoding="utf-8")), to_dict(config))):
-        return []
-    return [
-        f"the run {config.name} in {paths.root} was started with other settings: {'; '.join(changes)}. "
-        "Give this one another name, as in name=second, or take the settings back"
-    ]
+    changes = changed_settings(json.loads(paths.config.read_text(encoding="utf-8")), to_dict(config))
+    refusal = refuse_changes(changes, allowed=config.allow_changed, what=f"the run {config.name} in {paths.root}")
+    return [refusal] if refusal else []
 
 
-def _show_finished(paths: RunPaths) -> None:
-    from k2train.report import Summary, summary_table
+def _finished(config: RunConfig, paths: RunPaths) -> Summary | None:
+    """The result of the run, if it has taken all the steps that it is to take."""
+    from k2train.report import Summary
+
+    if not paths.summary.exists():
+        return None
+    summary = Summary.from_json(paths.summary.read_text(encoding="utf-8"))
+    return summary if summary.steps >= config.steps else None
+
+
+def _show_finished(summary: Summary) -> None:
+    from k2train.report import summary_table
 
     console = Console(file=sys.stdout, highlight=False)
-    summary = Summary.from_json(paths.summary.read_text(encoding="utf-8"))
     console.print(f"The run {summary.name} is finished; this is its result. For another run give another name=...")
     console.print(summary_table(summary))
 

@@ -48,18 +48,23 @@ def start_max(value: int) -> Callable[[], int]:
     return answer
 
 
-def gather_json(value: Any) -> list[Any]:
-    """What each rank gave, in rank order, on every rank. Values must be fit for JSON."""
+def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each rank gave, in rank order, on every rank. Values must be fit for JSON.
+
+    Args:
+        value: this rank's.
+        group: all ranks, in a group of its own where a thread beside the main one asks.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [json.loads(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     lengths[dist.get_rank()] = len(data)
-    dist.all_reduce(lengths)
+    dist.all_reduce(lengths, group=group)
     padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
     padded[: len(data)] = data
     received = [torch.empty_like(padded) for _ in range(len(lengths))]
-    dist.all_gather(received, padded)
+    dist.all_gather(received, padded, group=group)
     return [json.loads(bytes(part[:length].numpy())) for part, length in zip(received, lengths.tolist(), strict=True)]
 
 

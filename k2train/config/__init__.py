@@ -1,11 +1,15 @@
 """Every knob of a run, typed and checked, without torch.
 
-``schema`` holds the knobs, ``keys`` lists them, ``parse`` turns a plain mapping (from Hydra, JSON or Python) into them.
+``schema`` holds the knobs, ``keys`` lists them, ``parse`` turns a plain mapping (from Hydra, JSON or Python) into them,
+``compare`` says whether two configs are the same run.
 """
 
+from k2train.config.compare import Change, changed_settings, refuse_changes
 from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.parse import ConfigError, parse, to_dict
 from k2train.config.schema import (
+    RESUME,
+    CheckConfig,
     CheckpointConfig,
     DataConfig,
     FaultsConfig,
@@ -26,6 +30,9 @@ from k2train.config.schema import (
 )
 
 __all__ = [
+    "RESUME",
+    "Change",
+    "CheckConfig",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
@@ -44,9 +51,11 @@ __all__ = [
     "TrainConfig",
     "ValidateConfig",
     "WriteConfig",
+    "changed_settings",
     "find_key",
     "key_types",
     "parse",
+    "refuse_changes",
     "suggest_key",
     "to_dict",
 ]

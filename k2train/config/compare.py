@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 # These change where things go or how the work is cut up, never which numbers are learnt (but for rounding).
 HARMLESS = (
+    "name",
     "runs_dir",
+    "resume",
+    "allow_changed",
     "data.cache_dir",
     "data.workers",
     "train.micro_batch_size",
@@ -24,26 +28,48 @@ HARMLESS = (
 )
 
 
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Settings that make another run of it: sentences such as ``optim.lr was 0.01 and is now 0.02``.
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was."""
 
-    Args:
-        before: the config of the run as it was started, from ``to_dict``.
-        after: the config asked for now.
-    """
+    key: str
+    sentence: str  # optim.lr was 0.01 and is now 0.02
+    harmless: bool  # what is learnt stays the same, but for rounding
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Settings that differ between two configs, from ``to_dict``, in the order of their keys."""
     old, new = dict(_leaves(before, "")), dict(_leaves(after, ""))
     return [
-        f"{key} was {_text(old, key)} and is now {_text(new, key)}"
+        Change(key, f"{key} was {_text(old, key)} and is now {_text(new, key)}", _within(key, HARMLESS))
         for key in sorted(old.keys() | new.keys())
-        if not _harmless(key) and old.get(key, _ABSENT) != new.get(key, _ABSENT)
+        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
     ]
+
+
+def refuse_changes(changes: Sequence[Change], *, allowed: Sequence[str], what: str) -> str | None:
+    """A sentence on the changes that make another run of it, and how to have them all the same; None if there are none.
+
+    Args:
+        changes: from ``changed_settings``.
+        allowed: keys or groups that may have changed, ``allow_changed``.
+        what: that was begun with the settings before, as in ``the run first in runs/first``.
+    """
+    refused = [change for change in changes if not change.harmless and not _within(change.key, allowed)]
+    if not refused:
+        return None
+    sentences, keys = "; ".join(c.sentence for c in refused), ",".join([*allowed, *(c.key for c in refused)])
+    return (
+        f"{what} has other settings: {sentences}. Give this one another name, as in name=second, or take the settings "
+        f"back; to go on with them all the same: allow_changed=[{keys}]"
+    )
 
 
 _ABSENT = object()
 
 
-def _harmless(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in HARMLESS)
+def _within(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def _text(leaves: Mapping[str, Any], key: str) -> str:

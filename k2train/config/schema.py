@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from k2train.config.keys import find_key, suggest_key
+
 
 def rule(
     *,
@@ -34,6 +36,9 @@ def rule(
 
 # What a parameter is for; the model says it of each of its own.
 ROLES = ("embedding", "head", "attention", "mlp", "expert", "router", "norm")
+
+# What ``resume`` may be besides a path.
+RESUME = ("auto", "must", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +344,10 @@ class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
     every: int = rule(at_least=0)  # steps; 0: only at the end
-    keep: int = rule(at_least=1)
+    keep: int = rule(at_least=1)  # of the newest
+    keep_every: int | None = rule(at_least=1)  # steps: those of its multiples stay for good; null: none
+    keep_hours: float | None = rule(at_least=0)  # those that are younger stay too; null: none
+    asynchronous: bool = rule()  # written while training goes on, from a copy of the state in host memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +384,9 @@ class RunConfig:
     name: str = rule()  # of the run; everything it writes lies in runs_dir/name
     runs_dir: str = rule()
     seed: int = rule(at_least=0)
+    resume: str = rule()  # auto | must | never | the path of a checkpoint, or of a run, to go on from under this name
+    allow_changed: tuple[str, ...] = rule()  # keys, or groups, that may differ from the run that is gone on with
+    init_from: str | None = rule()  # a checkpoint, or a run, whose weights a new run begins with; null: drawn from seed
     model: ModelConfig = rule()
     data: DataConfig = rule()
     optim: OptimConfig = rule()
@@ -400,6 +411,7 @@ class RunConfig:
         """Sentences on fields of different groups that contradict each other."""
         if not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"):
             yield f"name={self.name!r} must be a plain folder name: it names the run's folder under runs_dir"
+        yield from self._check_start()
         if self.train.global_batch_size % self.train.micro_batch_size:
             yield (
                 f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
@@ -429,6 +441,22 @@ class RunConfig:
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
 
+    def _check_start(self) -> Iterator[str]:
+        for key in ("runs_dir", "resume", "init_from"):
+            if "://" in (value := getattr(self, key) or ""):
+                yield (
+                    f"{key}={value!r} is in an object store, where a folder cannot be renamed, and a checkpoint not be "
+                    "published whole: give a folder on a disk that all nodes share, and copy from there"
+                )
+        if self.init_from is not None and self.resume not in RESUME:
+            yield (
+                f"init_from={self.init_from!r} begins a new run but resume={self.resume!r} goes on with another: "
+                "give one of them"
+            )
+        for key in self.allow_changed:
+            if find_key(RunConfig, key) is None:
+                yield f"allow_changed={key!r} is no key: {suggest_key(RunConfig, key)}"
+
     def check_world(self, world_size: int) -> Iterator[str]:
         """Sentences on what this world size cannot run; apart from ``check`` as the config alone does not know it."""
         share = self.train.micro_batch_size * world_size
@@ -452,3 +480,10 @@ class WriteConfig:
     run: str = rule()  # the folder of a run; its newest checkpoint speaks
     device: str = rule(one_of=("auto", "cpu", "cuda"))
     generate: GenerateConfig = rule()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """What ``k2train inspect`` and ``k2train verify`` look at."""
+
+    checkpoint: str = rule()  # its folder, or that of a run: the newest one

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
-import safetensors
 import torch
+import torch.distributed as dist
 
 import k2train
-from k2train.checkpoint import newest_checkpoint, prune, save_checkpoint
-from k2train.comm import World
-from k2train.config import RunConfig, to_dict
+from k2train.checkpoint import (
+    Background,
+    Checkpoint,
+    HostCopy,
+    find_checkpoint,
+    folder_of,
+    mark_best,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+    steps,
+)
+from k2train.comm import World, start_max, together
+from k2train.comm.world import TIMEOUT
+from k2train.config import RESUME, RunConfig, changed_settings, refuse_changes, to_dict
 from k2train.train.errors import RunError
+from k2train.train.randomness import seed_generators
 from k2train.train.state import RunState
 
 
@@ -44,66 +60,159 @@ class Saver:
         """
         self.state, self.config, self.folder, self.machine = state, config, folder, machine
         self.world, self.say = world, say
+        self._copy, self._background = HostCopy(), Background()
+        # The thread that writes agrees with those of other ranks while the main threads talk of something else.
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
 
-    def save(self) -> None:
-        """Writes and publishes a checkpoint of the present step; deletes those that are too old.
+    # ---- saving
+
+    def save(self, *, best: bool = False) -> None:
+        """Saves the present step: copies the state and writes it while training goes on (or at once, by the config).
+
+        One save is in flight at a time: another waits for the one before.
+
+        Args:
+            best: marks this checkpoint as the best so far, which stays however old it gets.
 
         Raises:
-            OSError: on the rank that could not write; FailedTogether on the others. Nothing is published then.
+            SaveError: the disk did not take the checkpoint before this one (or this one, if written at once); all
+                ranks raise the same, the step is not saved, and another try is welcome.
+            CheckpointError: the ranks do not see the same disk.
         """
-        save_checkpoint(
-            self.folder,
-            step=self.state.progress.step,
-            intervals=self.state.intervals(buffers=self.world.main),
-            shapes=self.state.shapes(),
-            state=self.state.state_dict() | {"config": to_dict(self.config), "machine": self.machine},
-            world=self.world,
-        )
-        if self.world.main:
-            prune(self.folder, keep=self.config.checkpoint.keep)
+        self.wait()
+        step, checkpoint = self.state.progress.step, self.config.checkpoint
+        intervals = self.state.intervals()
+        values = self.state.state_dict() | {"config": to_dict(self.config), "machine": dict(self.machine)}
+        if checkpoint.asynchronous:
+            intervals = self._copy.take(intervals)
+        shapes = self.state.shapes()
+
+        def write() -> None:
+            save_checkpoint(
+                self.folder,
+                step=step,
+                intervals=intervals,
+                shapes=shapes,
+                state=values,
+                world=self.world,
+                group=self._group,
+            )
+            if self.world.main:
+                if best:
+                    mark_best(self.folder, step)
+                since = time.time() - 3600 * checkpoint.keep_hours if checkpoint.keep_hours is not None else None
+                prune(self.folder, keep=checkpoint.keep, every=checkpoint.keep_every, since=since)
+
+        if checkpoint.asynchronous:
+            self._background.start(write)
+        else:
+            write()
+
+    def check(self) -> None:
+        """Raises what went wrong with the save in flight once all ranks are through with it; to be called each step.
+
+        Costs nothing while none is in flight.
+
+        Raises:
+            SaveError: the disk did not take it; on all ranks in the same step.
+            CheckpointError: the ranks do not see the same disk.
+        """
+        if self._background.busy and not start_max(int(not self._background.done))():
+            self.wait()
 
     def wait(self) -> None:
-        """Returns once the checkpoint that is being written, if one is, has been published."""
+        """Returns once the checkpoint in flight, if one is, has been published. Raises as ``check`` does."""
+        self._background.wait()
+
+    # ---- going on
 
     def resume(self) -> None:
-        """Loads the newest whole checkpoint if there is one.
+        """Brings the run to where ``resume`` and ``init_from`` say that it begins.
 
         Raises:
-            RunError: it belongs to another data set.
-            CheckpointError: it belongs to another model.
+            RunError: there is no checkpoint and must be one, or the other way round; or it belongs to other settings,
+                another data set or another tokenizer.
+            CheckpointError: it belongs to another model, or none is whole.
         """
-        checkpoint = newest_checkpoint(self.folder, world=self.world, say=self.say)
-        if checkpoint is None:
-            return
-        saved = checkpoint.manifest.state
-        if saved["dataset"] != self.state.dataset:
+        config = self.config
+        seed_generators(config.seed, rank=self.world.rank, step=0)
+        own = newest_checkpoint(self.folder, world=self.world, say=self.say)
+        if own is not None and config.resume == "never":
             raise RunError(
-                f"{checkpoint.folder} was trained on another data set ({saved['dataset']}, now "
-                f"{self.state.dataset}): the text, the tokenizer or Python changed. Give the run another name"
+                f"resume=never, but {self.folder} holds checkpoints: take another name, as in name=second, or move "
+                "them away"
             )
-        self.state.load(checkpoint)
-        self.say(f"resuming from step {self.state.progress.step} of {self.config.steps} ({checkpoint.folder})")
+        found = own
+        if own is None and config.resume not in RESUME:
+            found = find_checkpoint(Path(config.resume).expanduser(), world=self.world, say=self.say)
+        if found is not None:
+            self._go_on(found)
+            if own is not None:
+                self._set_aside(newer_than=own)
+        elif config.resume == "must":
+            raise RunError(f"resume=must, but {self.folder} holds no checkpoint: resume=auto begins a new run")
+        elif config.init_from is not None:
+            self._begin_with(find_checkpoint(Path(config.init_from).expanduser(), world=self.world, say=self.say))
+
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        saved, config = checkpoint.manifest.state, self.config
+        changes = changed_settings(saved["config"], to_dict(config))
+        if refusal := refuse_changes(changes, allowed=config.allow_changed, what=str(checkpoint.folder)):
+            raise RunError(refusal)
+        if saved["fingerprints"]["tokenizer"] != self.state.fingerprints["tokenizer"]:
+            raise RunError(f"{checkpoint.folder} was trained with another tokenizer: give the run another name")
+        if saved["fingerprints"] != self.state.fingerprints and "data" not in config.allow_changed:
+            raise RunError(
+                f"{checkpoint.folder} was trained on another data set: the text changed (or Python did, whose library "
+                "it is). Give the run another name; to go on with what there is now: allow_changed=[data]"
+            )
+        same_world = saved["machine"]["processes"] == self.world.size
+        self.state.load(checkpoint, same_world=same_world, seed=config.seed)
+        self.say(f"resuming from step {self.state.progress.step} of {config.steps} ({checkpoint.folder})")
+        for change in changes:
+            self.say(change.sentence)
         for key, now in self.machine.items():
             if (before := saved["machine"].get(key)) != now:
                 self.say(
                     f"{key} was {before} and is now {now}: expect losses that agree to rounding, not to the last bit"
                 )
 
+    def _begin_with(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.manifest.state["fingerprints"]["tokenizer"] != self.state.fingerprints["tokenizer"]:
+            raise RunError(
+                f"{checkpoint.folder} was trained with another tokenizer, to whose tokens its weights belong: begin "
+                "with the data settings of that run"
+            )
+        self.state.load_weights(checkpoint)
+        self.say(f"beginning with the weights of step {checkpoint.manifest.step} of {checkpoint.folder}")
+
+    def _set_aside(self, *, newer_than: Checkpoint) -> None:
+        """Takes damaged checkpoints, which were passed over, out of the row: no later start is to look at them."""
+        with together():
+            if self.world.main:
+                for step in steps(self.folder):
+                    if step > newer_than.manifest.step:
+                        folder = folder_of(self.folder, step)
+                        aside = folder.with_name(f"{folder.name}.damaged-{int(time.time())}")
+                        os.replace(folder, aside)
+                        self.say(f"set aside as {aside}, to be looked at or deleted")
+
 
 def describe_machine(config: RunConfig, *, world: World, precision: str, threads: int) -> dict[str, Any]:
     """What may change the rounding of a run."""
+    on_gpu = world.device.type == "cuda"
     return {
         "processes": world.size,
         "expert_parallel": config.parallel.expert_parallel,
         "zero_stage": config.parallel.zero_stage,
-        "device": world.device.type,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
         "precision": precision,
         "threads": threads,
         "compile": config.train.compile,
         "micro_batch_size": config.train.micro_batch_size,
         "k2train": k2train.__version__,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
         "numpy": np.__version__,
-        "safetensors": safetensors.__version__,
     }

@@ -1,7 +1,7 @@
 """All that decides a run's future, as a checkpoint holds it: masters, momenta, router biases and a few numbers.
 
 Nothing else is state: a sample follows from its number, a step's samples from the step, the learning rate from the
-step, and the run draws no random numbers after the weights' start.
+step. Training draws no random numbers after the weights' start; the generators are kept for what a user adds to it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from muonclip import MuonClip, QKClip
 from muonclip.plan import Piece
 
 from k2train.checkpoint import Checkpoint, CheckpointError, Interval
+from k2train.comm import World
 from k2train.model import Transformer
 from k2train.train import zero
+from k2train.train.randomness import generator_states, seed_generators, set_generator_states
 from k2train.train.zero import Shard, whole_shape
 
 
@@ -68,7 +70,8 @@ class RunState:
     clip: QKClip
     held: list[Shard]  # of masters and momenta by this rank
     experts: Experts
-    dataset: str  # its fingerprint
+    world: World
+    fingerprints: Mapping[str, str]  # of what the weights are worth nothing without: data set and tokenizer
     vocab_size: int
     progress: Progress = field(default_factory=Progress)
     hooks: Mapping[str, Stateful] = field(default_factory=dict)  # by name
@@ -81,12 +84,13 @@ class RunState:
         """Global shape of every parameter and router bias."""
         return shapes(self.model, self.roles, self.experts)
 
-    def intervals(self, *, buffers: bool) -> list[Interval]:
-        """What this rank writes of the global tensors; ``buffers`` are the same everywhere and one rank's to write."""
+    def intervals(self) -> list[Interval]:
+        """What this rank writes of the global tensors. Router biases are the same everywhere: rank 0 writes them."""
         found = list(intervals(self.held, self.optimizer, self.roles, self.experts))
-        if buffers:
+        if self.world.main:
             found += [Interval(name, "buffer", 0, bias) for name, bias in router_biases(self.model)]
-        return found
+        generators = generator_states(self.world.device)
+        return [*found, Interval(_rank_name(self.world), "generators", 0, generators)]
 
     def state_dict(self) -> dict[str, Any]:
         """All else that decides the future, fit for JSON."""
@@ -95,12 +99,18 @@ class RunState:
             "optimizer_steps": optimizer_steps(self.optimizer),
             "qk_clip": {name: scales.tolist() for name, scales in self.clip.state_dict().items()},
             "vocab_size": self.vocab_size,
-            "dataset": self.dataset,
+            "fingerprints": dict(self.fingerprints),
             "hooks": {name: hook.state_dict() for name, hook in self.hooks.items()},
         }
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, *, same_world: bool, seed: int) -> None:
         """Becomes what the checkpoint holds, in place.
+
+        Args:
+            checkpoint: of the same model.
+            same_world: whether it was written by as many processes; else the random generators, which belong to a
+                process, begin anew.
+            seed: that they then begin with.
 
         Raises:
             CheckpointError: it is of another model; found before anything is written.
@@ -120,6 +130,23 @@ class RunState:
         for name, hook in self.hooks.items():
             if name in saved["hooks"]:
                 hook.load_state_dict(saved["hooks"][name])
+        if same_world:
+            set_generator_states(checkpoint.reader.read(_rank_name(self.world), "generators"), self.world.device)
+        else:
+            seed_generators(seed, rank=self.world.rank, step=self.progress.step)
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Takes over the weights and router biases of a checkpoint, and nothing else.
+
+        Raises:
+            CheckpointError: it is of another model; found before anything is written.
+        """
+        load_intervals(checkpoint, self.held, None, self.model, self.roles, self.experts)
+        zero.refresh_weights(self.engine.optimizer, self.held)
+
+
+def _rank_name(world: World) -> str:
+    return f"rank-{world.rank:05d}"
 
 
 def optimizer_keys(optimizer: MuonClip, shard: Shard) -> list[str]:
@@ -157,22 +184,25 @@ def router_biases(model: Transformer) -> list[tuple[str, torch.Tensor]]:
 def load_intervals(
     checkpoint: Checkpoint,
     held: list[Shard],
-    optimizer: MuonClip,
+    optimizer: MuonClip | None,
     model: Transformer,
     roles: Mapping[str, str],
     experts: Experts,
 ) -> None:
     """Writes a checkpoint's numbers into masters, momenta and router biases, whatever layout they were saved from.
 
+    Without the optimizer its momenta stay as they are.
+
     Raises:
         CheckpointError: it is of another model; found before anything is written.
     """
     _compare(checkpoint, shapes(model, roles, experts))
-    reader = checkpoint.reader()
+    reader = checkpoint.reader
     with torch.no_grad():
         for shard in held:
-            state = optimizer.state[shard.flat]
-            targets = {"master": shard.flat, **{key: state[key] for key in optimizer_keys(optimizer, shard)}}
+            targets = {"master": shard.flat}
+            if optimizer is not None:
+                targets |= {key: optimizer.state[shard.flat][key] for key in optimizer_keys(optimizer, shard)}
             for piece in shard.pieces:
                 start = experts.start(piece, expert=roles[piece.name] == "expert")
                 for key, target in targets.items():

@@ -126,7 +126,11 @@ class Trainer:
             self.clip,
             shards,
             Experts(parallel.rank, parallel.size),
-            dataset=self.dataset.fingerprint,
+            world,
+            fingerprints={
+                "dataset": self.dataset.fingerprint,
+                "tokenizer": self.dataset.manifest["tokenizer"]["sha256"],
+            },
             vocab_size=self._vocab_size(),
         )
         self.progress = self.state.progress
@@ -150,6 +154,7 @@ class Trainer:
         every = self.config.checkpoint.every
         proof = OnceEach(self.engine, self.optimizer, self.model, self.state.experts)
         while self.progress.step < self.config.steps:
+            self.saver.check()
             record = self.step()
             if self.compiled:
                 self.compiled.check()
@@ -165,6 +170,7 @@ class Trainer:
             if last or (every and step % every == 0):
                 self.saver.save()
         result = self._validate(metrics, whole=True)
+        self.saver.wait()
         if metrics:
             metrics.close()
         return result

@@ -80,4 +80,4 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert main(["generate", f"run={tmp_path}", "device=cpu"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"k2train: error: {tmp_path / 'checkpoints'} holds no checkpoint")
+    assert err.startswith(f"k2train: error: {tmp_path} holds no checkpoint")

@@ -1,12 +1,30 @@
-from k2train.config.compare import changed_settings
+from k2train.config import changed_settings, refuse_changes
+
+BEFORE = {"seed": 1, "optim": {"lr": 0.01, "roles": {"norm": {"lr": 0.01}}}, "track": {"wandb": "off"}, "old": 1}
+AFTER = {"seed": 1, "optim": {"lr": 0.02, "roles": {"norm": {"lr": 0.01}}}, "track": {"wandb": None}}
 
 
-def test_what_decides_the_numbers_is_named_and_the_rest_is_free():
-    before = {"seed": 1, "optim": {"lr": 0.01, "roles": {"norm": {"lr": 0.01}}}, "track": {"wandb": "off"}, "old": 1}
-    after = {"seed": 1, "optim": {"lr": 0.02, "roles": {"norm": {"lr": 0.01}}}, "track": {"wandb": "auto"}}
-    assert changed_settings(before, after) == ["old was 1 and is now absent", "optim.lr was 0.01 and is now 0.02"]
-    assert changed_settings(before, before) == []
+def test_every_change_is_named_and_those_that_decide_the_numbers_are_told_apart():
+    assert [(c.sentence, c.harmless) for c in changed_settings(BEFORE, AFTER)] == [
+        ("old was 1 and is now absent", False),
+        ("optim.lr was 0.01 and is now 0.02", False),
+        ("track.wandb was off and is now null", True),
+    ]
+    assert changed_settings(BEFORE, BEFORE) == []
 
 
 def test_prefixes_are_whole_keys():
-    assert changed_settings({"tracking": 1}, {"tracking": 2}) == ["tracking was 1 and is now 2"]
+    (change,) = changed_settings({"tracking": 1}, {"tracking": 2})
+    assert not change.harmless
+
+
+def test_a_refusal_says_how_to_have_it_all_the_same():
+    changes = changed_settings(BEFORE, AFTER)
+    refusal = refuse_changes(changes, allowed=["optim.lr"], what="the run a in b")
+    assert refusal == (
+        "the run a in b has other settings: old was 1 and is now absent. Give this one another name, as in "
+        "name=second, or take the settings back; to go on with them all the same: allow_changed=[optim.lr,old]"
+    )
+    assert refuse_changes(changes, allowed=["optim", "old"], what="") is None
+    assert refuse_changes(changes, allowed=[], what="").endswith("allow_changed=[old,optim.lr]")
+    assert refuse_changes(changes[2:], allowed=[], what="") is None

@@ -146,7 +146,7 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
     reached = newest_checkpoint(paths.checkpoints, world=world, say=print)
     assert reached is not None
     assert reached.manifest.step == run.until
-    reader = reached.reader()
+    reader = reached.reader
     weights = {name: reader.read(name, "master") for name in expected.weights}
     drift, worst_drift, worst = _drift(weights, expected) if run.until == STEPS else (0.0, 0.0, "")
     flips = int((_routes_of_all(routes, config, world) != expected.experts[first : run.until]).any(-1).sum())
