@@ -143,6 +143,7 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
     if run.until == STEPS and layout.precision == "fp32":
         sample = sample_text(trainer.model, trainer.dataset.tokenizer, config.generate, "cpu")
     trainer.saver.save()
+    trainer.saver.wait()
     reached = newest_checkpoint(paths.checkpoints, world=world, say=print)
     assert reached is not None
     assert reached.manifest.step == run.until
