@@ -42,7 +42,9 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "parameters", count(sum(math.prod(t.shape) for t in masters))
     yield "model", _model(config)
     yield "optimizer", config.optim.name
-    yield "data", ", ".join(f"{name} {fingerprint}" for name, fingerprint in state["fingerprints"].items())
+    data = state["data"]
+    yield "data", f"data set {data['dataset']}, tokenizer {data['tokenizer']}"
+    yield "data read", ", ".join(f"{count(tokens)} tokens of {source}" for source, tokens in data["tokens"].items())
     yield (
         "layout",
         (

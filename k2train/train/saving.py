@@ -30,6 +30,7 @@ from k2train.checkpoint import (
 from k2train.comm import World, start_max, together
 from k2train.comm.world import TIMEOUT
 from k2train.config import RESUME, RunConfig, changed_settings, refuse_changes, to_dict
+from k2train.data import DataError
 from k2train.train.errors import RunError
 from k2train.train.randomness import seed_generators
 from k2train.train.state import RunState
@@ -159,13 +160,7 @@ class Saver:
         changes = changed_settings(saved["config"], to_dict(config))
         if refusal := refuse_changes(changes, allowed=config.allow_changed, what=str(checkpoint.folder)):
             raise RunError(refusal)
-        if saved["fingerprints"]["tokenizer"] != self.state.fingerprints["tokenizer"]:
-            raise RunError(f"{checkpoint.folder} was trained with another tokenizer: give the run another name")
-        if saved["fingerprints"] != self.state.fingerprints and "data" not in config.allow_changed:
-            raise RunError(
-                f"{checkpoint.folder} was trained on another data set: the text changed (or Python did, whose library "
-                "it is). Give the run another name; to go on with what there is now: allow_changed=[data]"
-            )
+        self._check_data(checkpoint)
         same_world = saved["machine"]["processes"] == self.world.size
         self.state.load(checkpoint, same_world=same_world, seed=config.seed)
         self.say(f"resuming from step {self.state.progress.step} of {config.steps} ({checkpoint.folder})")
@@ -178,13 +173,35 @@ class Saver:
                 )
 
     def _begin_with(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.manifest.state["fingerprints"]["tokenizer"] != self.state.fingerprints["tokenizer"]:
-            raise RunError(
-                f"{checkpoint.folder} was trained with another tokenizer, to whose tokens its weights belong: begin "
-                "with the data settings of that run"
-            )
+        self._check_tokenizer(checkpoint)
         self.state.load_weights(checkpoint)
         self.say(f"beginning with the weights of step {checkpoint.manifest.step} of {checkpoint.folder}")
+
+    def _check_data(self, checkpoint: Checkpoint) -> None:
+        self._check_tokenizer(checkpoint)
+        saved, batch = checkpoint.manifest.state["data"], self.config.train.global_batch_size
+        if "data" not in self.config.allow_changed:
+            try:
+                self.state.stream.load_state_dict(saved)
+            except DataError as error:
+                raise RunError(
+                    f"{checkpoint.folder}: {error}; to go on with the data that is there now: allow_changed=[data]"
+                ) from error
+        if saved["next_sample"] != checkpoint.manifest.step * batch:
+            raise RunError(
+                f"{checkpoint.folder} has read {saved['next_sample']} samples in {checkpoint.manifest.step} steps, so "
+                f"that steps of train.global_batch_size={batch} would repeat some or leave some out: set it back"
+            )
+
+    def _check_tokenizer(self, checkpoint: Checkpoint) -> None:
+        then, now = (
+            state["tokenizer"] for state in (checkpoint.manifest.state["data"], self.state.stream.state_dict(0))
+        )
+        if then != now:
+            raise RunError(
+                f"{checkpoint.folder} was trained with the tokenizer {then}, to whose tokens its weights belong, and "
+                f"here is {now}: take back the settings of data, or begin without its weights under another name"
+            )
 
     def _set_aside(self, *, newer_than: Checkpoint) -> None:
         """Takes damaged checkpoints, which were passed over, out of the row: no later start is to look at them."""

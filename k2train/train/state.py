@@ -17,6 +17,7 @@ from muonclip.plan import Piece
 
 from k2train.checkpoint import Checkpoint, CheckpointError, Interval
 from k2train.comm import World
+from k2train.data import TrainStream
 from k2train.model import Transformer
 from k2train.train import zero
 from k2train.train.randomness import generator_states, seed_generators, set_generator_states
@@ -71,7 +72,7 @@ class RunState:
     held: list[Shard]  # of masters and momenta by this rank
     experts: Experts
     world: World
-    fingerprints: Mapping[str, str]  # of what the weights are worth nothing without: data set and tokenizer
+    stream: TrainStream
     vocab_size: int
     progress: Progress = field(default_factory=Progress)
     hooks: Mapping[str, Stateful] = field(default_factory=dict)  # by name
@@ -79,6 +80,11 @@ class RunState:
     def __post_init__(self) -> None:
         """Asks the model once what each parameter is for."""
         self.roles = self.model.parameter_roles()
+
+    @property
+    def next_sample(self) -> int:
+        """Number of the first sample of the next step."""
+        return self.progress.step * int(self.engine.train_batch_size())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every parameter and router bias."""
@@ -99,7 +105,7 @@ class RunState:
             "optimizer_steps": optimizer_steps(self.optimizer),
             "qk_clip": {name: scales.tolist() for name, scales in self.clip.state_dict().items()},
             "vocab_size": self.vocab_size,
-            "fingerprints": dict(self.fingerprints),
+            "data": self.stream.state_dict(self.next_sample),
             "hooks": {name: hook.state_dict() for name, hook in self.hooks.items()},
         }
 
@@ -124,7 +130,7 @@ class RunState:
         for each in fields(Progress):
             setattr(self.progress, each.name, getattr(progress, each.name))
         self.engine.global_steps = self.progress.step
-        self.engine.global_samples = self.progress.step * self.engine.train_batch_size()
+        self.engine.global_samples = self.next_sample
         # Never the saved count: another accumulation would be in the middle of a step.
         self.engine.micro_steps = self.progress.step * self.engine.gradient_accumulation_steps()
         for name, hook in self.hooks.items():

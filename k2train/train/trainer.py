@@ -127,10 +127,7 @@ class Trainer:
             shards,
             Experts(parallel.rank, parallel.size),
             world,
-            fingerprints={
-                "dataset": self.dataset.fingerprint,
-                "tokenizer": self.dataset.manifest["tokenizer"]["sha256"],
-            },
+            self.stream,
             vocab_size=self._vocab_size(),
         )
         self.progress = self.state.progress

@@ -15,7 +15,7 @@ from k2train.config import RunConfig, parse, to_dict
 STATE = {
     "config": to_dict(parse(RunConfig, compose(TRAIN, ["experiment=tiny", "name=mine"]))),
     "progress": {"step": 40, "skipped_steps": 3, "elapsed": 75.0},
-    "fingerprints": {"dataset": "d1", "tokenizer": "t1"},
+    "data": {"dataset": "d1", "tokenizer": "t1", "tokens": {"text": 12000}},
     "machine": {"processes": 8, "zero_stage": 2, "expert_parallel": 4, "precision": "bf16", "torch": "2.13"},
 }
 
@@ -42,7 +42,8 @@ def test_inspect_tells_what_it_is(saved, capsys):
         assert rows["step"].startswith("40 of ")
         assert rows["parameters"] == "6"
         assert rows["skipped steps"] == "3"
-        assert rows["data"] == "dataset d1, tokenizer t1"
+        assert rows["data"] == "data set d1, tokenizer t1"
+        assert rows["data read"] == "12.0k tokens of text"
         assert rows["layout"].startswith("8 processes, ZeRO-2, expert parallelism 4")
         assert rows["written with"] == "precision bf16, torch 2.13"
         assert "1m15s" in rows["tokens"]

@@ -36,7 +36,7 @@ from k2train.config import RunConfig
 from k2train.data import open_dataset
 from k2train.model import build_model
 from k2train.paths import RunPaths
-from k2train.train.quiet import without_shm_comm
+from k2train.train.quiet import import_deepspeed
 from k2train.train.trainer import Trainer
 from tests.distributed.plain import Layout, config_of, prepared, write_text
 
@@ -150,7 +150,7 @@ def _saved(folder: Path, job: Job, step: int = SAVED) -> Path:
 def carry_out(job: Job, folder: Path, world: World) -> None:
     """A job, by all processes together."""
     paths = RunPaths(folder / "runs" / job.name)
-    paths.checkpoints.mkdir(parents=True)
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
     config = config_for(job, folder)
     trainer = Trainer(config, prepared(folder), world=world, paths=paths, say=lambda text: None)
     assert trainer.progress.step == (0 if job.source is None else SAVED)
@@ -179,7 +179,7 @@ def _work(rank: int, port: int, jobs: Sequence[Job], folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    without_shm_comm()
+    import_deepspeed("cpu")
     world = open_world("cpu")
     for job in jobs:
         carry_out(job, folder, world)

@@ -18,7 +18,7 @@ from k2train.comm import close_world, open_world
 from k2train.config import RunConfig
 from k2train.paths import RunPaths
 from k2train.train.errors import RunError
-from k2train.train.quiet import without_shm_comm
+from k2train.train.quiet import import_deepspeed
 from k2train.train.saving import Saver
 from k2train.train.trainer import Trainer
 from tests.distributed.plain import Layout, config_of, prepared, write_text
@@ -122,9 +122,12 @@ def what_may_have_changed() -> None:
     # Another text, and another tokenizer.
     path = folder_of(FOLDER / "runs/a/checkpoints", 2)
     checkpoint = open_checkpoint(path)
-    for key, sentence in (("dataset", r"another data set.*allow_changed=\[data\]"), ("tokenizer", "another tokenizer")):
+    for key, sentence in (
+        ("dataset", r"on the data set of another.*allow_changed=\[data\]"),
+        ("tokenizer", "with the tokenizer of another"),
+    ):
         changed = json.loads(json.dumps(dict(checkpoint.manifest.state)))
-        changed["fingerprints"][key] = "of another"
+        changed["data"][key] = "of another"
         other = dataclasses.replace(checkpoint.manifest, state=changed)
         (path / "manifest.json").write_text(other.to_json())
         with pytest.raises(RunError, match=sentence):
@@ -207,7 +210,7 @@ def in_one_process(_: int, folder: Path) -> None:
     global FOLDER
     FOLDER = folder
     write_text(folder)
-    without_shm_comm()
+    import_deepspeed("cpu")
     open_world("cpu")
     where_a_run_begins()
     what_may_have_changed()
