@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import k2train
 from k2train.cli.arguments import Arguments, read_arguments
-from k2train.cli.commands import COMMANDS, Command
+from k2train.cli.commands import COMMANDS, TOOLS, Command
 from k2train.cli.help import INSTALL, command_help, general_help
 from k2train.config import ConfigError, parse
 from k2train.paths import explain_oserror
@@ -42,11 +42,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if first == "--version":
         print(f"k2train {k2train.__version__}")
         return OK
-    if first not in COMMANDS:
-        close = difflib.get_close_matches(first, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
+    if first not in (*COMMANDS, *TOOLS):
+        close = difflib.get_close_matches(first, (*COMMANDS, *TOOLS), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join((*COMMANDS, *TOOLS))}"
         return _refuse([f"{first!r} is no command: {hint}"], USAGE)
     try:
+        if first in TOOLS:
+            return _run_tool(first, rest)
         return _run(COMMANDS[first], read_arguments(rest))
     except ConfigError as error:
         return _refuse(error.faults, USAGE)
@@ -54,6 +56,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return _refuse([explain_oserror(error)], FAILED)
     except KeyboardInterrupt:
         return _refuse(["stopped; the same command goes on from where it was"], INTERRUPTED)
+
+
+def _run_tool(name: str, words: Sequence[str]) -> int:
+    if not _installed():
+        return _refuse([f"the packages that train are not installed: {INSTALL}"], USAGE)
+    return int(importlib.import_module(f"k2train.cli.{name}").main(words))
 
 
 def _run(command: Command, arguments: Arguments) -> int:

@@ -155,3 +155,6 @@ VERIFY = Command(
 )
 
 COMMANDS = {command.name: command for command in (PREPARE, TRAIN, AUDIT, GENERATE, INSPECT, VERIFY)}
+
+# Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.
+TOOLS = {"data": "show what is in the data, and which text a step of a run has read"}

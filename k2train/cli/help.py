@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from k2train.cli.commands import COMMANDS, Command
+from k2train.cli.commands import COMMANDS, TOOLS, Command
 from k2train.cli.options import group_options
 from k2train.paths import config_dir
 
@@ -34,7 +34,7 @@ def general_help(*, installed: bool) -> str:
         "",
         "  k2train COMMAND [key=value ...]",
         "",
-        *_table((name, command.summary) for name, command in COMMANDS.items()),
+        *_table([*((name, command.summary) for name, command in COMMANDS.items()), *TOOLS.items()]),
         "",
         "  k2train COMMAND --help   explains a command, its config groups and the overrides people need most",
         "  k2train --version        prints the version",

@@ -200,6 +200,15 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OrderConfig:
+    """What training samples are, and in which order they come; see docs/data-order.md."""
+
+    packing: bool = rule()  # whole documents in windows; false: cut wherever a window ends
+    group_shards: int | None = rule(at_least=1)  # shards whose windows are mixed with each other; null: all
+    skips: tuple[tuple[int, int], ...] = rule(at_least=0)  # first and last of the samples that are left out
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where text comes from, how it is split and encoded, and how its sources are mixed."""
 
@@ -209,6 +218,9 @@ class DataConfig:
     # any each source has the weight of its size.
     weights: dict[str, float | tuple[tuple[float, float], ...]] = rule(at_least=0)
     max_epochs: dict[str, float] = rule(above=0)  # how often a source may be seen; one that is not named has no limit
+    order: OrderConfig = rule()
+    prepared: str | None = rule()  # folder or URL of a data set that prepare has made elsewhere; null: it is made here
+    cache_bytes: int | None = rule(at_least=1)  # of the shards behind a URL that are kept here; null: all
     dedup: str = rule(
         one_of=("none", "exact", "near")
     )  # over all sources: keeps the first of equal, or alike, documents
@@ -221,6 +233,10 @@ class DataConfig:
 
     def check(self) -> Iterator[str]:
         """Sentences on fields that contradict each other."""
+        if self.prepared:
+            return
+        if self.cache_bytes is not None:
+            yield f"cache_bytes={self.cache_bytes} is given but nothing reads it without prepared: set it to null"
         if not self.sources:
             yield "sources is empty: name at least one, or use data=stdlib"
         for name, source in self.sources.items():

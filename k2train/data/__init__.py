@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from k2train.data.dataset import Dataset, Span, TokenStream, Windows, open_dataset
     from k2train.data.errors import DataError
     from k2train.data.preparation import Progress, prepare
-    from k2train.data.stream import Trace, TrainStream
+    from k2train.data.stream import Trace, TrainStream, build_stream
     from k2train.data.stretches import DataPhase
     from k2train.data.tokenizer import Tokenizer
 
@@ -31,6 +31,7 @@ __all__ = [
     "Trace",
     "TrainStream",
     "Windows",
+    "build_stream",
     "compressed_sizes",
     "open_dataset",
     "prepare",
@@ -48,6 +49,7 @@ _HOMES = {
     "Trace": "stream",
     "TrainStream": "stream",
     "Windows": "dataset",
+    "build_stream": "stream",
     "compressed_sizes": "compression",
     "open_dataset": "dataset",
     "prepare": "preparation",

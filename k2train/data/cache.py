@@ -37,9 +37,12 @@ _LOCAL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, er
 Result = TypeVar("Result")
 
 
-def is_remote(address: str) -> bool:
-    """Whether an address is a URL, and not a path."""
-    return "://" in address
+def find_dataset(address: str, *, cache: Path, limit: int | None) -> Path:
+    """The manifest of a data set that was prepared elsewhere, in a folder or behind a URL; see ``fetch_dataset``."""
+    if "://" in address:
+        return fetch_dataset(address, cache=cache, limit=limit)
+    path = Path(address).expanduser()
+    return path if path.name == MANIFEST_NAME else path / MANIFEST_NAME
 
 
 def fetch_dataset(url: str, *, cache: Path, limit: int | None) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from k2train.data.dataset import Dataset, Span, TokenStream
+from k2train.config import DataConfig
+from k2train.data.dataset import IGNORED, Dataset, Span, TokenStream
 from k2train.data.errors import DataError
 from k2train.data.mixture import BLOCK, Mixture
 from k2train.data.order import Order
@@ -39,6 +40,7 @@ class Trace:
     epoch: int  # of the source
     window: int  # of the source
     spans: tuple[Span, ...]
+    tokens: NDArray[np.int64]  # that the spans cover, in order
 
 
 class _Part:
@@ -213,7 +215,10 @@ class TrainStream:
         stretch, source, own_number, window = self._find(number)
         part = stretch.part(source)
         epoch = own_number // part.order.windows
-        return Trace(number, self.dataset.sources[source], epoch, window, tuple(part.windows.spans(window)))
+        tokens, labels, _ = self.batch([number])
+        text = labels[0][labels[0] != IGNORED] if self.packing else torch.cat([tokens[0, :1], labels[0]])
+        spans = tuple(part.windows.spans(window))
+        return Trace(number, self.dataset.sources[source], epoch, window, spans, text.numpy())
 
     def tokens_seen(self, next_sample: int) -> dict[str, int]:
         """Tokens of each source in the samples before ``next_sample``."""
@@ -304,3 +309,27 @@ class TrainStream:
                     f"the run would see the source {name} {sum(counts):.2f} times, and data.max_epochs.{name} allows "
                     f"{limits[name]:g}: lower its weight, shorten the run, or raise the limit"
                 )
+
+
+def build_stream(
+    dataset: Dataset, config: DataConfig, phases: Sequence[DataPhase], *, seed: int, boundaries: bool
+) -> TrainStream:
+    """The stream of a run: phases without weights of their own have those of the config.
+
+    Args:
+        dataset: of the run.
+        config: of the run.
+        phases: of the run.
+        seed: of the run.
+        boundaries: whether batches tell where documents begin.
+    """
+    return TrainStream(
+        dataset,
+        [phase if phase.weights else replace(phase, weights=config.weights or None) for phase in phases],
+        seed=seed,
+        packing=config.order.packing,
+        group_shards=config.order.group_shards,
+        max_epochs=config.max_epochs,
+        skips=config.order.skips,
+        boundaries=boundaries,
+    )

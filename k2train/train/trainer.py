@@ -16,7 +16,7 @@ from muonclip.orthogonalize import cpu_multiplies_bfloat16
 
 from k2train.comm import World, sum_across
 from k2train.config import RunConfig
-from k2train.data import DataPhase, Tokenizer, TrainStream, open_dataset
+from k2train.data import DataPhase, Tokenizer, build_stream, open_dataset
 from k2train.model import build_model, materialise, update_bias
 from k2train.paths import RunPaths, atomic_write
 from k2train.train import zero
@@ -109,15 +109,9 @@ class Trainer:
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
             atomic_write(paths.tokenizer, definition.read_bytes())
-        phase = DataPhase(
-            config.steps * config.train.global_batch_size, config.train.sequence_length, config.data.weights or None
-        )
-        self.stream = TrainStream(
-            self.dataset,
-            [phase],
-            seed=config.seed,
-            max_epochs=config.data.max_epochs,
-            boundaries=config.train.document_mask,
+        phase = DataPhase(config.steps * config.train.global_batch_size, config.train.sequence_length)
+        self.stream = build_stream(
+            self.dataset, config.data, [phase], seed=config.seed, boundaries=config.train.document_mask
         )
         self.state = RunState(
             self.model,

@@ -1,0 +1,70 @@
+"""``k2train data``: what is in the data, and what a run has read of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from k2train.config import ConfigError, RunConfig, parse
+from k2train.paths import RunPaths, cache_dir
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs a subcommand and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="k2train data", description="Shows what is in the data of a run.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    trace = commands.add_parser("trace", help="the documents and the text of every sample of a step")
+    trace.add_argument("run", type=Path, help="the folder of the run")
+    trace.add_argument("--step", type=int, required=True, help="as metrics.jsonl counts them: the first is 1")
+    trace.add_argument("--rank", type=int, help="only the samples that this process computed")
+    trace.add_argument("--processes", type=int, help="of the run; what its newest checkpoint says if it is not given")
+    arguments = parser.parse_args(words)
+    from k2train.data import DataError
+
+    try:
+        _trace(arguments)
+    except (DataError, ConfigError) as error:
+        print(f"k2train: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    from k2train.data import DataError, DataPhase, build_stream, open_dataset, prepare
+    from k2train.data.trace import describe_trace
+    from k2train.generate import printable
+
+    paths = RunPaths(arguments.run)
+    if not paths.config.is_file():
+        raise DataError(f"{arguments.run} is no run: it has no {paths.config.name}; give the folder of one")
+    config = parse(RunConfig, json.loads(paths.config.read_text(encoding="utf-8")))
+    if not 1 <= arguments.step <= config.steps:
+        raise DataError(f"--step {arguments.step}: the run {config.name} has the steps 1 to {config.steps}")
+    size = config.train.global_batch_size
+    numbers = range((arguments.step - 1) * size, arguments.step * size)
+    if arguments.rank is not None:
+        processes = arguments.processes or _processes(paths)
+        if not 0 <= arguments.rank < processes:
+            raise DataError(f"--rank {arguments.rank}: the run had {processes} processes, 0 to {processes - 1}")
+        micro = config.train.micro_batch_size
+        numbers = [n for n in numbers if (n - numbers[0]) // micro % processes == arguments.rank]
+    manifest = prepare(config.data, cache=cache_dir(config.data.cache_dir), progress=lambda *_: None)
+    dataset = open_dataset(manifest)
+    phase = DataPhase(config.steps * size, config.train.sequence_length)
+    stream = build_stream(dataset, config.data, [phase], seed=config.seed, boundaries=False)
+    for number in numbers:
+        for heading, text in describe_trace(stream.trace(number), dataset.tokenizer):
+            print(heading if not text else f"--- {heading}\n{printable(text)}")
+
+
+def _processes(paths: RunPaths) -> int:
+    """How many the run had, as its newest checkpoint says."""
+    from k2train.data import DataError
+
+    found = sorted(paths.checkpoints.glob("step-*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise DataError(f"{paths.checkpoints} has no checkpoint that says how many processes there were: --processes N")
+    return int(json.loads(found[-1].read_text(encoding="utf-8"))["state"]["machine"]["processes"])
