@@ -44,7 +44,7 @@ def _trace(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.step <= config.steps:
         raise DataError(f"--step {arguments.step}: the run {config.name} has the steps 1 to {config.steps}")
     size = config.train.global_batch_size
-    numbers = range((arguments.step - 1) * size, arguments.step * size)
+    numbers = list(range((arguments.step - 1) * size, arguments.step * size))
     if arguments.rank is not None:
         processes = arguments.processes or _processes(paths)
         if not 0 <= arguments.rank < processes:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from k2train.data.errors import DataError
     from k2train.data.preparation import Progress, prepare
     from k2train.data.stream import Trace, TrainStream, build_stream
-    from k2train.data.stretches import DataPhase
+    from k2train.data.phases import DataPhase
     from k2train.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 # No module is named as what it exports: importing it would put the module in the place of the function.
 _HOMES = {
     "DataError": "errors",
-    "DataPhase": "stretches",
+    "DataPhase": "phases",
     "Dataset": "dataset",
     "Progress": "preparation",
     "Span": "dataset",

@@ -135,7 +135,7 @@ class CachedFolder:
         if total > self._limit:
             raise DataError(
                 f"{self.root} may hold {self._limit} bytes, and the shards that are needed at a time have {total}: "
-                "raise data.cache_bytes, or lower data.group_shards"
+                "raise data.cache_bytes, or lower data.order.group_shards"
             )
 
     def _fetch(self, path: Path, record: ShardRecord, digests: NDArray[np.uint64]) -> None:

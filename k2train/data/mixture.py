@@ -10,7 +10,7 @@ backwards, and those of two children add up to their node's. A split is off by h
 the error of its node; in a tree of depth d a source is off by d / 2 at most, which is one sample for up to four
 sources. At the end of each block of ``BLOCK`` samples, the sources that have samples to spare on both sides of it are
 rounded once more, each to one of the two whole numbers beside what it is due. Inside a block, the samples of a source
-are spread evenly.
+are spread as what it is due rises.
 
 Counting is in Python's integers, without rounding. Legend: K knots, S sources.
 """
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 BLOCK = 4096
 ONE = 1 << 32  # a share of 1; shares are rounded to whole parts of it
+FINE = 1 << 40  # a sample, in the arithmetic inside a block
 UNIT = 2 * ONE  # in which the integral of a share is counted, as the mean of two shares is half of a sum
 
 
@@ -99,8 +100,29 @@ class Mixture:
         counts = np.subtract(self.quotas(block + 1), self.quotas(block))
         sources = np.repeat(np.arange(self.sources), counts)
         turns = np.concatenate([np.arange(count) for count in counts])
-        order = np.argsort((turns + 0.5) / counts[sources], kind="stable")
+        times = [_spread(rise, int(count)) for rise, count in zip(self._rises(block * BLOCK), counts, strict=True)]
+        order = np.argsort(np.concatenate(times), kind="stable")
         return sources[order], turns[order]
+
+    def _rises(self, first: int) -> NDArray[np.int64]:
+        """(S, BLOCK + 1) what each source is due from sample ``first`` to each of the block's, in parts of FINE."""
+        result = np.zeros((self.sources, BLOCK + 1), dtype=np.int64)
+        start = first
+        while start < first + BLOCK:
+            segment = bisect.bisect_right(self._starts, start) - 1
+            last = segment + 1 == len(self._starts)
+            stop = first + BLOCK if last else min(first + BLOCK, self._starts[segment + 1])
+            length = 1 if last else self._starts[segment + 1] - self._starts[segment]
+            steps = np.arange(1, stop - start + 1)
+            place = start - first
+            for source, share in enumerate(self._shares[segment]):
+                slope = 0 if last else self._shares[segment + 1][source] - share
+                linear = (share * length + slope * (start - self._starts[segment])) * FINE // (ONE * length)
+                square = slope * FINE // (UNIT * length)
+                rise = result[source, place] + steps * (linear + square * steps)
+                result[source, place + 1 : place + 1 + len(steps)] = rise
+            start = stop
+        return result
 
     def _quotas(self, block: int) -> tuple[int, ...]:
         """(S,) how many samples of each source there are before a block."""
@@ -182,6 +204,20 @@ class Mixture:
         length = self._starts[segment + 1] - self._starts[segment]
         slope = sum(self._shares[segment + 1][i] - shares[i] for i in sources)
         return above * length + slope * steps * steps, UNIT * length
+
+
+def _spread(rise: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """(count,) where in a block the samples of a source lie, as what it is due there has risen: in parts of FINE."""
+    middles = 2 * np.arange(count) + 1  # of 2 * count parts of the block
+    if not rise[-1]:  # nothing is due, but what was rounded
+        even: NDArray[np.int64] = middles * (BLOCK * FINE // (2 * count or 1))
+        return even
+    wanted = middles * (rise[-1] // (2 * count or 1))
+    after = np.searchsorted(rise, wanted, side="right").clip(1, BLOCK)
+    below = rise[after - 1]
+    between = (wanted - below) * (FINE >> 20) // np.maximum((rise[after] - below) >> 20, 1)
+    result: NDArray[np.int64] = (after - 1) * FINE + between.clip(0, FINE - 1)
+    return result
 
 
 def _rounded(above: int, below: int) -> int:

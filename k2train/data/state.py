@@ -33,16 +33,16 @@ def make_state(stream: TrainStream, next_sample: int) -> dict[str, Any]:
 
 
 def past_lengths(stream: TrainStream, next_sample: int) -> list[list[int]]:
-    """[samples, sequence length] of the phases so far; phases of one length are one."""
-    found: list[list[int]] = []
-    left = stream.skips.stream_number(next_sample)
-    for phase in stream.phases:
-        samples = min(left, phase.samples) if phase is not stream.phases[-1] else left
-        left -= samples
-        if found and found[-1][1] == phase.sequence_length:
+    """[samples, sequence length] of what was read so far; phases of one length are one."""
+    number, found = stream.skips.stream_number(next_sample), list[list[int]]()
+    for plan in stream.plans:
+        samples = (
+            number - plan.first_sample if plan is stream.plans[-1] else min(plan.samples, number - plan.first_sample)
+        )
+        if samples > 0 and found and found[-1][1] == plan.sequence_length:
             found[-1][0] += samples
-        elif samples:
-            found.append([samples, phase.sequence_length])
+        elif samples > 0:
+            found.append([samples, plan.sequence_length])
     return found
 
 
@@ -58,10 +58,10 @@ def check_state(stream: TrainStream, state: Mapping[str, Any]) -> int:
         "seed": "set seed back, or give the run another name",
         "tokenizer": "bring back the tokenizer, or give the run another name",
         "dataset": "the text, its split or Python changed; bring the data back, or give the run another name",
-        "packing": "set data.packing back, or give the run another name",
-        "group_shards": "set data.group_shards back, or give the run another name",
-        "lengths": "set train.sequence_length back; to change it from a step on, add a phase to schedule.phases",
+        "packing": "set data.order.packing back, or give the run another name",
+        "group_shards": "set data.order.group_shards back, or give the run another name",
         "skips": "what was left out so far is part of the run: bring back the skips, or give the run another name",
+        "lengths": "set train.sequence_length back; to change it from a step on, add a phase to schedule.phases",
         "tokens": "the weights of the past changed: set data.weights back, or change them from a phase on",
     }
     what = {
@@ -69,8 +69,8 @@ def check_state(stream: TrainStream, state: Mapping[str, Any]) -> int:
         "seed": "the order of samples has the seed",
         "tokenizer": "the run was trained with the tokenizer",
         "dataset": "the run was trained on the data set",
-        "packing": "the run was trained with data.packing",
-        "group_shards": "the run was trained with data.group_shards",
+        "packing": "the run was trained with data.order.packing",
+        "group_shards": "the run was trained with data.order.group_shards",
         "lengths": "the run has read samples of lengths ([samples, tokens each])",
         "skips": "the run has left out the samples",
         "tokens": "the run has read of each source the tokens",

@@ -25,9 +25,9 @@ from k2train.data.dataset import IGNORED, Dataset, Span, TokenStream
 from k2train.data.errors import DataError
 from k2train.data.mixture import BLOCK, Mixture
 from k2train.data.order import Order
+from k2train.data.phases import DataPhase, PhasePlan, Skips, plan_phases
 from k2train.data.reader import Batch, OpenShard, read_ahead
 from k2train.data.state import check_state, make_state
-from k2train.data.stretches import DataPhase, Skips, StretchPlan, plan_stretches
 from k2train.data.windows import Concatenated, Packed, SourceWindows, packings_of
 
 
@@ -43,11 +43,13 @@ class Trace:
     tokens: NDArray[np.int64]  # that the spans cover, in order
 
 
+@dataclass(frozen=True)
 class _Part:
-    """A source in a stretch."""
+    """A source, cut into windows of one length."""
 
-    def __init__(self, stream: TokenStream, windows: SourceWindows, order: Order, *, first_epoch: int) -> None:
-        self.stream, self.windows, self.order, self.first_epoch = stream, windows, order, first_epoch
+    stream: TokenStream
+    windows: SourceWindows
+    order: Order
 
 
 class _Near:
@@ -76,12 +78,12 @@ class _Near:
         return self._streams[source].shards[group * size : (group + 1) * size + 1]
 
 
-class _Stretch:
-    """Samples of one length; see ``k2train.data.stretches``."""
+class _Phase:
+    """Samples of one length; see ``k2train.data.phases``."""
 
-    def __init__(self, plan: StretchPlan, parts: Sequence[_Part | None]) -> None:
-        self.plan, self.parts = plan, parts
-        self.mixture = Mixture(plan.knots)
+    def __init__(self, plan: PhasePlan, mixture: Mixture, parts: Sequence[_Part | None], begins: Sequence[int]) -> None:
+        self.plan, self.mixture, self.parts = plan, mixture, parts
+        self.begins = begins  # the first sample that is read here, as each source numbers its own through all epochs
         self.block = lru_cache(maxsize=4)(self._block)
 
     def find(self, number: int) -> tuple[int, int, int]:
@@ -91,18 +93,17 @@ class _Stretch:
         return int(sources[place]), int(numbers[place]), int(windows[place])
 
     def count(self, number: int) -> tuple[int, ...]:
-        """(S,) samples of each source before a sample of the stream; none before the stretch begins."""
+        """(S,) samples of each source before a sample of the stream; none before the phase begins."""
         return self.mixture.counts(max(0, min(number - self.plan.first_sample, self.plan.samples)))
 
     def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        sources, numbers = self.mixture.block(block)
-        numbers, windows = numbers.copy(), np.empty_like(numbers)
+        sources, turns = self.mixture.block(block)
+        numbers, windows = np.empty_like(turns), np.empty_like(turns)
         for source, before in enumerate(self.mixture.quotas(block)):
             chosen = np.flatnonzero(sources == source)
             if len(chosen):
-                part = self.part(source)
-                numbers[chosen] += before + part.first_epoch * part.order.windows
-                windows[chosen] = part.order.positions(numbers[chosen])
+                numbers[chosen] = turns[chosen] + before + self.begins[source]
+                windows[chosen] = self.part(source).order.positions(numbers[chosen])
         return sources, numbers, windows
 
     def part(self, source: int) -> _Part:
@@ -117,7 +118,8 @@ class TrainStream:
 
     Attributes:
         phases: as given.
-        samples: of all phases.
+        samples: that all phases deliver.
+        plans: where each lies.
         notes: sentences on what the person should know: sources that begin anew.
     """
 
@@ -148,31 +150,24 @@ class TrainStream:
         Raises:
             DataError: a source that is used is smaller than one window, or would be seen more often than allowed.
         """
+        self.skips = Skips(skips)
         self.dataset, self.phases, self.seed = dataset, tuple(phases), seed
         self.packing, self.group_shards = packing, group_shards
-        self.skips = Skips(skips)
         self.notes: list[str] = []
         self._boundaries = boundaries
         self._near = _Near(dataset, group_shards) if dataset.files.bounded else None
         sizes = {name: dataset.tokens("train", name) for name in dataset.sources}
-        plans = plan_stretches(phases, sources=dataset.sources, sizes=sizes)
-        self.samples = plans[-1].first_sample + plans[-1].samples
-        self._stretches: list[_Stretch] = []
-        self._firsts = [plan.first_sample for plan in plans]
-        epochs = [0.0] * len(dataset.sources)
-        for plan in plans:
-            stretch = _Stretch(plan, [self._part(name, plan, epochs) for name in range(len(dataset.sources))])
-            self._stretches.append(stretch)
-            for source, seen in enumerate(stretch.count(self._stream_samples())):
-                part = stretch.parts[source]
-                if part is not None:
-                    epochs[source] = part.first_epoch + seen / part.order.windows
+        self.plans = plan_phases(phases, left_out=self.skips.left_out(phases), sources=dataset.sources, sizes=sizes)
+        self.samples = sum(phase.samples for phase in phases)
+        self._firsts = [plan.first_sample for plan in self.plans]
+        self._part = lru_cache(maxsize=None)(self._make_part)
+        self._phases = list(self._assemble())
         self._check_epochs(max_epochs or {})
 
     @property
     def windows(self) -> int:
         """Windows of all sources at the first sequence length: samples in an epoch of a single source."""
-        return sum(part.order.windows for part in self._stretches[0].parts if part)
+        return sum(part.order.windows for part in self._phases[0].parts if part)
 
     def sample(self, number: int) -> NDArray[np.int64]:
         """(T + 1,) token ids of a sample: the tokens, and the last label."""
@@ -187,14 +182,14 @@ class TrainStream:
         """
         found = [self._find(number) for number in numbers]
         length = found[0][0].plan.sequence_length
-        if any(stretch.plan.sequence_length != length for stretch, *_ in found):
+        if any(phase.plan.sequence_length != length for phase, *_ in found):
             raise ValueError(f"samples {numbers[0]} to {numbers[-1]} are of different lengths: ask for them apart")
         rows = torch.empty((len(found), 2, length) if self.packing else (len(found), length + 1), dtype=torch.int64)
         tokens, labels = (rows[:, 0], rows[:, 1]) if self.packing else (rows[:, :-1], rows[:, 1:])
         starts = torch.empty(tokens.shape, dtype=torch.int64) if self._boundaries else None
         starts_of = starts.numpy() if starts is not None else [None] * len(found)
-        for (stretch, source, own_number, window), row, row_starts in zip(found, rows.numpy(), starts_of, strict=True):
-            part = stretch.part(source)
+        for (phase, source, own_number, window), row, row_starts in zip(found, rows.numpy(), starts_of, strict=True):
+            part = phase.part(source)
             if self._near:
                 self._near.read(self.dataset.sources[source], part.stream, part.order.groups_from(own_number))
             part.windows.read(window, row, row_starts)
@@ -212,8 +207,8 @@ class TrainStream:
 
     def trace(self, number: int) -> Trace:
         """Source, window and documents of a sample."""
-        stretch, source, own_number, window = self._find(number)
-        part = stretch.part(source)
+        phase, source, own_number, window = self._find(number)
+        part = phase.part(source)
         epoch = own_number // part.order.windows
         tokens, labels, _ = self.batch([number])
         text = labels[0][labels[0] != IGNORED] if self.packing else torch.cat([tokens[0, :1], labels[0]])
@@ -224,12 +219,12 @@ class TrainStream:
         """Tokens of each source in the samples before ``next_sample``."""
         until = self.skips.stream_number(next_sample)
         total = dict.fromkeys(self.dataset.sources, 0)
-        for stretch in self._stretches:
-            counts = np.array(stretch.count(until))
+        for phase in self._phases:
+            counts = np.array(phase.count(until))
             for first, last in self.skips.before(until):
-                counts -= np.subtract(stretch.count(last), stretch.count(first))
+                counts -= np.subtract(phase.count(last), phase.count(first))
             for name, count in zip(self.dataset.sources, counts.tolist(), strict=True):
-                total[name] += count * stretch.plan.sequence_length
+                total[name] += count * phase.plan.sequence_length
         return total
 
     # ---- what a checkpoint keeps
@@ -248,23 +243,45 @@ class TrainStream:
 
     # ---- how it is put together
 
-    def _stream_samples(self) -> int:
-        """Of all phases, with those that are left out."""
-        return self.skips.stream_number(self.samples)
-
-    def _find(self, delivered: int) -> tuple[_Stretch, int, int, int]:
-        """Stretch, source, number in the source, and window."""
+    def _find(self, delivered: int) -> tuple[_Phase, int, int, int]:
+        """Phase, source, number in the source, and window."""
         if delivered < 0:
             raise ValueError(f"sample number {delivered} is negative: samples are numbered from 0")
         number = self.skips.stream_number(delivered)
-        stretch = self._stretches[bisect.bisect_right(self._firsts, number) - 1]
-        return stretch, *stretch.find(number)
+        phase = self._phases[bisect.bisect_right(self._firsts, number) - 1]
+        return phase, *phase.find(number)
 
-    def _part(self, source: int, plan: StretchPlan, epochs: Sequence[float]) -> _Part | None:
-        """A source in a stretch; None if it is not used there."""
-        if not any(knot.weights[source] for knot in plan.knots):
-            return None
-        name, length = self.dataset.sources[source], plan.sequence_length
+    def _assemble(self) -> Iterator[_Phase]:
+        """The phases, each going on with the epochs of the ones before."""
+        names = self.dataset.sources
+        numbers, lengths = [0] * len(names), [0] * len(names)  # of each source: its next sample, and of which length
+        for plan in self.plans:
+            length = plan.sequence_length
+            used = [any(knot.weights[source] for knot in plan.knots) for source in range(len(names))]
+            parts = [self._part(source, length) if used[source] else None for source in range(len(names))]
+            for source, part in enumerate(parts):
+                if part is not None and lengths[source] != length:
+                    if lengths[source]:
+                        numbers[source] = self._begin_anew(source, part, numbers[source], lengths[source], plan)
+                    lengths[source] = length
+            phase = _Phase(plan, Mixture(plan.knots), parts, tuple(numbers))
+            counts = phase.count(plan.first_sample + plan.samples)
+            numbers = [number + count for number, count in zip(numbers, counts, strict=True)]
+            yield phase
+
+    def _begin_anew(self, source: int, part: _Part, number: int, length: int, plan: PhasePlan) -> int:
+        """The next sample of a source that goes on in windows of another length: the first of a new epoch."""
+        epochs, more = divmod(number, self._part(source, length).order.windows)
+        if more:
+            name, share = self.dataset.sources[source], more / self._part(source, length).order.windows
+            self.notes.append(
+                f"{name}: from sample {plan.first_sample} on, of {plan.sequence_length} tokens, its epoch begins anew; "
+                f"{share:.0%} of it were seen in the one before and come again"
+            )
+        return (epochs + bool(more)) * part.order.windows
+
+    def _make_part(self, source: int, length: int) -> _Part:
+        name = self.dataset.sources[source]
         stream = self.dataset.stream("train", name)
         windows: SourceWindows
         if self.packing:
@@ -284,29 +301,20 @@ class TrainStream:
                 f"the training split of {name} has {len(stream)} tokens and a sample takes {length + 1} "
                 f"(train.sequence_length={length} and one to predict): add text, or lower it"
             )
-        seen = epochs[source]
-        if seen % 1:
-            self.notes.append(
-                f"{name}: from sample {plan.first_sample} on, of {length} tokens, its epoch begins anew; "
-                f"{seen % 1:.0%} of it were seen in the one before and come again"
-            )
         # The key of a single source is that of the time when there was no other.
         key = "train" if len(self.dataset.sources) == 1 else name
-        order = Order(windows.sizes, seed=self.seed, name=key)
-        return _Part(stream, windows, order, first_epoch=math.ceil(seen))
+        return _Part(stream, windows, Order(windows.sizes, seed=self.seed, name=key))
 
     def _check_epochs(self, limits: Mapping[str, float]) -> None:
         for source, name in enumerate(self.dataset.sources):
-            if name not in limits:
-                continue
-            counts = [
-                stretch.count(self._stream_samples())[source] / part.order.windows
-                for stretch in self._stretches
-                if (part := stretch.parts[source])
-            ]
-            if sum(counts) > limits[name]:
+            epochs = sum(
+                phase.count(phase.plan.first_sample + phase.plan.samples)[source] / part.order.windows
+                for phase in self._phases
+                if (part := phase.parts[source])
+            )
+            if epochs > limits.get(name, math.inf):
                 raise DataError(
-                    f"the run would see the source {name} {sum(counts):.2f} times, and data.max_epochs.{name} allows "
+                    f"the run would see the source {name} {epochs:.2f} times, and data.max_epochs.{name} allows "
                     f"{limits[name]:g}: lower its weight, shorten the run, or raise the limit"
                 )
 

@@ -59,7 +59,13 @@ def test_command_help_fits_a_terminal(name, capsys):
 def test_train_help_lists_groups_and_ten_overrides(capsys):
     main(["train", "--help"])
     text = capsys.readouterr().out
-    for option in ("moonlight-16b", "folder, stdlib", "adamw, muon, muonclip", "constant, wsd", "tiny"):
+    for option in (
+        "moonlight-16b",
+        "folder, mixture, prepared, stdlib",
+        "adamw, muon, muonclip",
+        "constant, wsd",
+        "tiny",
+    ):
         assert option in text
     table = text.split("Overrides people need most:\n")[1].split("\n\n")[0]
     assert len(table.splitlines()) == 10

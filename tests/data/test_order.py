@@ -4,7 +4,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k2train.data.order import positions
+from k2train.data.order import Order, positions
 
 
 def epoch(number: int, *, windows: int, seed: int = 0, name: str = "train") -> np.ndarray:
@@ -102,3 +102,37 @@ def test_it_is_what_the_format_document_says():
 
 GOLDEN_10 = [7, 1, 3, 6, 2, 8, 9, 0, 4, 5]
 GOLDEN_9853 = [7076, 9526, 9075, 3949]
+
+
+@pytest.mark.parametrize("sizes", [[1], [7], [5, 1, 9, 4], [3] * 17, [0, 4, 0, 6], [1000, 3, 250]])
+def test_a_two_level_order_takes_group_after_group_and_each_window_once(sizes):
+    order = Order(sizes, seed=4, name="web")
+    starts = np.cumsum([0, *sizes])
+    for number in (0, 3):
+        found = order.positions(np.arange(number * order.windows, (number + 1) * order.windows))
+        assert np.array_equal(np.sort(found), np.arange(order.windows))
+        groups = np.searchsorted(starts, found, side="right") - 1
+        changes = np.flatnonzero(np.diff(groups)) + 1
+        runs = groups[[0, *changes]]
+        assert sorted(runs.tolist()) == [group for group, size in enumerate(sizes) if size]
+
+
+def test_groups_come_in_another_order_each_epoch_and_are_known_ahead():
+    order = Order([6] * 40, seed=4, name="web")
+    epochs = order.positions(np.arange(3 * 240)).reshape(3, 40, 6) // 6
+    firsts = epochs[:, :, 0]
+    assert len({tuple(row) for row in firsts.tolist()}) == 3
+    flat = firsts.ravel().tolist()
+    for number in range(0, 2 * 240, 6):
+        assert order.groups_from(number) == (flat[number // 6], flat[number // 6 + 1])
+
+
+def test_one_group_is_the_plain_order_and_groups_never_change():
+    numbers = np.arange(50)
+    assert np.array_equal(
+        Order([17], seed=3, name="train").positions(numbers), positions(numbers, windows=17, seed=3, name="train")
+    )
+    assert Order([4, 3, 5], seed=0, name="web").positions(np.arange(12)).tolist() == GOLDEN_GROUPS
+
+
+GOLDEN_GROUPS = [4, 6, 5, 0, 1, 2, 3, 8, 10, 11, 9, 7]

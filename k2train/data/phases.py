@@ -1,8 +1,7 @@
-"""What a run reads, phase by phase: sequence lengths, and weights of the sources as knots of a mixture.
+"""What a run reads, phase by phase: sequence lengths, and the shares of the sources as knots of a mixture.
 
-Samples are numbered through all phases. Phases of one sequence length that follow each other are one *stretch*: the
-mixture and the epochs of its sources run through it. With another length the windows are others, so that a new stretch
-begins a new epoch of each source.
+Samples are numbered through all phases, and tokens are counted with those of samples that are left out. Each phase has
+a mixture of its own, which is made as if the phase went on for ever: when it ends, what was read does not depend on it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from k2train.data.errors import DataError
 from k2train.data.mixture import Knot
@@ -29,8 +28,8 @@ class DataPhase:
 
 
 @dataclass(frozen=True)
-class StretchPlan:
-    """Phases of one sequence length, one after the other."""
+class PhasePlan:
+    """Where a phase lies in the run, and how its sources are mixed."""
 
     first_sample: int
     samples: int
@@ -38,13 +37,14 @@ class StretchPlan:
     knots: tuple[Knot, ...]  # at samples counted from first_sample
 
 
-def plan_stretches(
-    phases: Sequence[DataPhase], *, sources: Sequence[str], sizes: Mapping[str, int]
-) -> tuple[StretchPlan, ...]:
-    """The stretches of a run.
+def plan_phases(
+    phases: Sequence[DataPhase], *, left_out: Sequence[int], sources: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[PhasePlan, ...]:
+    """The phases of a run.
 
     Args:
-        phases: in order; the last one's weights hold on after its end.
+        phases: in order; the last one goes on for ever.
+        left_out: samples that each phase has beyond those that it delivers.
         sources: names in the order of the knots' weights.
         sizes: tokens of each source, which are its weight where a phase gives none.
 
@@ -54,18 +54,22 @@ def plan_stretches(
     if not phases:
         raise DataError("there are no phases: a run needs at least one, with samples to read")
     found, first, token = [], 0, 0
-    for length, group in groupby(phases, key=lambda phase: phase.sequence_length):
-        begin, knots = first, []
-        for phase in group:
-            knots += _knots(phase, first - begin, token, sources, sizes)
-            first, token = first + phase.samples, token + phase.samples * length
-        merged = [knot for number, knot in enumerate(knots) if not number or knot != knots[number - 1]]
-        found.append(StretchPlan(begin, first - begin, length, tuple(merged)))
+    for phase, more in zip(phases, left_out, strict=True):
+        samples, length = phase.samples + more, phase.sequence_length
+        lines = _lines(phase, token, sources, sizes)
+        later = [Knot(round((at - token) / length), shares) for at, shares in lines if at > token]
+        found.append(PhasePlan(first, samples, length, (Knot(0, _along(lines, token)), *later)))
+        first, token = first + samples, token + samples * length
     return tuple(found)
 
 
-def _knots(phase: DataPhase, start: int, token: int, sources: Sequence[str], sizes: Mapping[str, int]) -> list[Knot]:
-    """From ``start`` on, where the run has seen ``token`` tokens; two where the weights jump."""
+Shares = tuple[float, ...]
+
+
+def _lines(
+    phase: DataPhase, token: int, sources: Sequence[str], sizes: Mapping[str, int]
+) -> list[tuple[float, Shares]]:
+    """The shares of the sources at the training tokens where a weight turns: linear in between, two there at a jump."""
     weights = phase.weights if phase.weights is not None else {name: float(sizes[name]) for name in sources}
     for given in (weights, phase.final_weights or weights):
         if set(given) != set(sources):
@@ -73,23 +77,25 @@ def _knots(phase: DataPhase, start: int, token: int, sources: Sequence[str], siz
                 f"weights are given for {', '.join(sorted(given)) or 'no source'} and the data set has "
                 f"{', '.join(sorted(sources))}: give one weight to each"
             )
-    end = start + phase.samples
     if phase.final_weights is not None:
-        final = tuple(phase.final_weights[name] for name in sources)
-        return [Knot(start, tuple(_at(weights[name], token, after=True) for name in sources)), Knot(end, final)]
-    last = token + phase.samples * phase.sequence_length
-    turns = {at for weight in weights.values() if isinstance(weight, tuple) for at, _ in weight if token < at < last}
-    knots = [Knot(start, tuple(_at(weights[name], token, after=True) for name in sources))]
-    for at in sorted(turns):
-        sample = start + round((at - token) / phase.sequence_length)
-        for after in (False, True):
-            knots.append(Knot(sample, tuple(_at(weights[name], at, after=after) for name in sources)))
-    knots.append(Knot(end, tuple(_at(weights[name], last, after=False) for name in sources)))
-    return knots
+        end = token + phase.samples * phase.sequence_length
+        start = [_at(weights[name], token, after=True) for name in sources]
+        return [(token, _shares(start)), (end, _shares([phase.final_weights[name] for name in sources]))]
+    turns = sorted({at for weight in weights.values() if isinstance(weight, tuple) for at, _ in weight})
+    return [
+        (at, _shares([_at(weights[name], at, after=after) for name in sources]))
+        for at in turns or [0.0]
+        for after in (False, True)
+    ]
+
+
+def _along(lines: Sequence[tuple[float, Shares]], token: float) -> Shares:
+    """The shares when the run has seen ``token`` tokens; after a jump if there is one."""
+    each = [tuple((at, shares[source]) for at, shares in lines) for source in range(len(lines[0][1]))]
+    return tuple(_at(line, token, after=True) for line in each)
 
 
 def _at(weight: Weight, token: float, *, after: bool) -> float:
-    """A weight when the run has seen ``token`` tokens; just after or just before a jump there."""
     if not isinstance(weight, tuple):
         return float(weight)
     tokens = [at for at, _ in weight]
@@ -98,6 +104,13 @@ def _at(weight: Weight, token: float, *, after: bool) -> float:
         return float(weight[min(right, len(weight) - 1)][1])
     (x0, y0), (x1, y1) = weight[right - 1], weight[right]
     return y0 + (y1 - y0) * (token - x0) / (x1 - x0)
+
+
+def _shares(weights: Sequence[float]) -> Shares:
+    total = sum(weights)
+    if min(weights) < 0 or not 0 < total < float("inf"):
+        raise DataError(f"the weights {list(weights)} must be at least 0, and one of them above: weigh some source")
+    return tuple(weight / total for weight in weights)
 
 
 class Skips:
@@ -131,6 +144,18 @@ class Skips:
     def stream_number(self, delivered: int) -> int:
         """The sample of the stream that is delivered under a number."""
         return delivered + self._left_out[bisect.bisect_right(self._delivered, delivered)]
+
+    def left_out(self, phases: Sequence[DataPhase]) -> list[int]:
+        """How many samples each phase leaves out, and so has beyond those that it delivers."""
+        found, first = [], 0
+        for phase in phases:
+            more = 0
+            for begin, last in self.pairs:
+                if first <= begin < first + phase.samples + more:
+                    more += last - begin + 1
+            found.append(more)
+            first += phase.samples + more
+        return found
 
     def before(self, number: int) -> list[tuple[int, int]]:
         """The pairs, as (first, one after the last), that lie before a sample of the stream."""
