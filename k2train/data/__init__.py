@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from k2train.data.compression import compressed_sizes
     from k2train.data.dataset import Dataset, Span, TokenStream, Windows, open_dataset
     from k2train.data.errors import DataError
+    from k2train.data.phases import DataPhase
     from k2train.data.preparation import Progress, prepare
     from k2train.data.stream import Trace, TrainStream, build_stream
-    from k2train.data.phases import DataPhase
     from k2train.data.tokenizer import Tokenizer
 
 __all__ = [
