@@ -5,25 +5,22 @@
 """
 
 from k2train.config.compare import Change, changed_settings, refuse_changes
+from k2train.config.data import DataConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.parse import ConfigError, parse, to_dict
 from k2train.config.schema import (
     RESUME,
     CheckConfig,
     CheckpointConfig,
-    DataConfig,
     FaultsConfig,
     GenerateConfig,
     ModelConfig,
     OptimConfig,
-    OrderConfig,
     ParallelConfig,
     RoleConfig,
     RopeScalingConfig,
     RunConfig,
     ScheduleConfig,
-    SourceConfig,
-    TokenizerConfig,
     TrackConfig,
     TrainConfig,
     ValidateConfig,
