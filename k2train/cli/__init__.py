@@ -42,6 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if first == "--version":
         print(f"k2train {k2train.__version__}")
         return OK
+    if rest and f"{first} {rest[0]}" in COMMANDS:  # one of two words
+        first = f"{first} {rest.pop(0)}"
     if first not in (*COMMANDS, *TOOLS):
         close = difflib.get_close_matches(first, (*COMMANDS, *TOOLS), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join((*COMMANDS, *TOOLS))}"

@@ -46,6 +46,20 @@ PREPARE = Command(
     ),
 )
 
+DATA_SHOW = Command(
+    name="data show",
+    summary="show what the data of a run holds, with a look at some documents",
+    explanation=(
+        "Prints documents, tokens, bytes and shards of each split of each source, and the beginning of some of the\n"
+        "documents. It takes the same overrides as prepare, and prepares what is not there yet."
+    ),
+    primary="train",
+    groups=RUN_GROUPS,
+    schema=RunConfig,
+    module="k2train.cli.show",
+    common=PREPARE.common,
+)
+
 TRAIN = Command(
     name="train",
     summary="pretrain a model from scratch; goes on by itself where an interrupted run stopped",
@@ -154,7 +168,7 @@ VERIFY = Command(
     argument="checkpoint",
 )
 
-COMMANDS = {command.name: command for command in (PREPARE, TRAIN, AUDIT, GENERATE, INSPECT, VERIFY)}
+COMMANDS = {command.name: command for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, GENERATE, INSPECT, VERIFY)}
 
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.
 TOOLS = {"data": "show what is in the data, and which text a step of a run has read"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from k2train.units import duration, memory
+
+SILENCE = 30.0  # seconds between two lines of a stage where there is no terminal
 STAGES = {
     "wait": "waiting for another process that prepares the same data",
     "read": "reading the text",
@@ -30,7 +34,8 @@ class PrepareProgress:
         self._enabled = enabled
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._said: set[str] = set()
+        self._begun: dict[str, float] = {}
+        self._told = 0.0
 
     def __enter__(self) -> PrepareProgress:
         return self
@@ -47,13 +52,22 @@ class PrepareProgress:
             return
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._draw(stage, done, total)
-        elif stage not in self._said:
-            self._said.add(stage)
+        elif stage not in self._begun:
+            self._begun[stage] = self._told = time.monotonic()
             self._console.print(f"preparing the data: {STAGES[stage]}", soft_wrap=True)
+        elif (now := time.monotonic()) - self._told >= SILENCE and 0 < done < total:
+            self._told = now
+            rate = done / (now - self._begun[stage])
+            self._console.print(
+                f"preparing the data: {STAGES[stage]}: {100 * done // total} % at {memory(rate)}/s, "
+                f"{duration((total - done) / rate)} left",
+                soft_wrap=True,
+            )
 
     def _draw(self, stage: str, done: int, total: int) -> None:
         if self._bars is None:
-            columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+            left = TimeRemainingColumn(elapsed_when_finished=True)
+            columns = TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), left
             self._bars = Progress(*columns, console=self._console)
             self._bars.start()
         if stage not in self._tasks:

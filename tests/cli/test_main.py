@@ -61,7 +61,7 @@ def test_train_help_lists_groups_and_ten_overrides(capsys):
     text = capsys.readouterr().out
     for option in (
         "moonlight-16b",
-        "folder, mixture, prepared, stdlib",
+        "folder, hub, jsonl, mixture, prepared, stdlib",
         "adamw, muon, muonclip",
         "constant, wsd",
         "tiny",

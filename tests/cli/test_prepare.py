@@ -19,7 +19,8 @@ def test_prepared_once(tmp_path, words, capsys):
     assert main(["prepare", *words]) == 0
     first = capsys.readouterr().out
     assert "preparing the data: encoding the text" in first
-    assert "held out: " in first
+    assert "held out" in first
+    assert "bytes a token" in first
     assert main(["prepare", *words]) == 0
     again = capsys.readouterr().out
     assert "preparing" not in again
@@ -40,3 +41,19 @@ def test_no_text(tmp_path, words, capsys):
 def test_no_folder_given(words, capsys):
     assert main(["prepare", *words]) == 2
     assert "data.path is missing" in capsys.readouterr().err
+
+
+def test_show(tmp_path, words, capsys):
+    for number in range(8):
+        path = tmp_path / "text" / f"part{number}" / "code.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"def function_{number}():\n    return {number}\n" * 20)
+    words.append(f"data.path={tmp_path / 'text'}")
+    assert main(["data", "show", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "preparing the data" in shown
+    assert "folder, train: part" in shown
+    assert "folder, held out: part" in shown
+    assert "def function_" in shown
+    assert main(["data", "show", *words, f"data.path={tmp_path / 'nowhere'}"]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from k2train.paths import config_dir
 
 OPTIONS = [(group, option) for group in TRAIN.groups for option in group_options(group, [])]
 # What an option asks of the rest.
-NEEDS = {("data", option): ["data.path=."] for option in ("folder", "mixture")}
+NEEDS = {("data", option): ["data.path=."] for option in ("folder", "hub", "jsonl", "mixture")}
 NEEDS["data", "prepared"] = ["data.prepared=."]
 
 
