@@ -53,7 +53,8 @@ WORK_NAME = "work"  # folder of what is needed until the manifest is written
 DECISIVE = ("dedup", "near_threshold", "held_out", "shard_bytes", "tokenizer")  # settings that enter, beside sources
 TRAINING_BYTES = 128 << 20  # text that the tokenizer is trained on, at most: merges hardly change with more
 TRAINING_LANES = 256  # that this text is taken from, at most
-CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 64, 1 << 16  # on which the fast engine's ids are compared: how many, how much
+# On which the fast engine's ids are compared: how many documents, how much of each, of how many lanes at most.
+CHECKED_DOCUMENTS, CHECKED_CHARACTERS, CHECKED_LANES = 64, 1 << 13, 4
 
 
 def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
@@ -154,8 +155,10 @@ class _Preparation:
     def _make_tokenizer(self, lanes: list[Lane], plan: Plan) -> dict[str, Any]:
         """Writes the tokenizer, trained on a sample of the text, and describes it."""
         config = self.config.tokenizer
-        chosen = sorted(lanes, key=lambda lane: xxhash.xxh3_64_intdigest(f"{lane.number}".encode()))[:TRAINING_LANES]
-        wanted = TRAINING_BYTES if config.kind == "bpe" else CHECKED_DOCUMENTS * CHECKED_CHARACTERS
+        trained = config.kind == "bpe"
+        wanted = TRAINING_BYTES if trained else CHECKED_DOCUMENTS * CHECKED_CHARACTERS
+        shuffled = sorted(lanes, key=lambda lane: xxhash.xxh3_64_intdigest(f"{lane.number}".encode()))
+        chosen = shuffled[: TRAINING_LANES if trained else CHECKED_LANES]
         tasks = ((lane, plan.of(lane).copy(), -(-wanted // len(chosen))) for lane in sorted(chosen, key=_number))
         found = self._run("tokenizer", chosen, partial(_sample, self.folder, self.sources), tasks)
         texts = [text for part in found for text in part]
@@ -164,7 +167,7 @@ class _Preparation:
         sample = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
         cut = (text[:CHECKED_CHARACTERS] for text in sample)
         engine = choose_engine(definition, cut, end_of_text=config.end_of_text)
-        tokenizer = Tokenizer(definition, engine=engine, end_of_text=config.end_of_text)
+        tokenizer = _tokenizer(self.folder / TOKENIZER_NAME, engine, config.end_of_text)
         return describe_file(self.folder, TOKENIZER_NAME) | {
             "engine": engine,
             "end_of_text": config.end_of_text,
