@@ -14,7 +14,9 @@ from k2train.paths import RunPaths, cache_dir
 
 def main(words: Sequence[str]) -> int:
     """Runs a subcommand and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="k2train data", description="Shows what is in the data of a run; see also k2train data show --help.")
+    parser = argparse.ArgumentParser(
+        prog="k2train data", description="What a run has read. See also `k2train data show --help`."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     trace = commands.add_parser("trace", help="the documents and the text of every sample of a step")
     trace.add_argument("run", type=Path, help="the folder of the run")

@@ -1,8 +1,8 @@
 """The knobs of a run: frozen dataclasses, one a config group.
 
-A field's ``metadata`` carries the rule that ``parse`` enforces (see ``k2train.config.rules``); rules that join several fields
-are in ``check`` methods, which return sentences naming the key, the rule and the fix. Model fields carry the names of
-the released ``config.json`` of Kimi K2, so that what is written here can be compared with it line by line.
+A field's ``metadata`` carries the rule that ``parse`` enforces (see ``k2train.config.rules``); rules that join several
+fields are in ``check`` methods, which return sentences naming the key, the rule and the fix. Model fields carry the
+names of the released ``config.json`` of Kimi K2, so that what is written here can be compared with it line by line.
 """
 
 from __future__ import annotations

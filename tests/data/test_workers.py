@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -51,3 +53,8 @@ def test_a_worker_that_is_killed_is_one_clear_sentence():
 def test_what_fails_in_a_worker_fails_here(number):
     with pytest.raises(DataError, match="file 3 is damaged"), Workers(number) as workers:
         list(workers.map(fail, range(6), progress=lambda done: None))
+
+
+def test_workers_need_no_torch():
+    code = "import sys, k2train.data.preparation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

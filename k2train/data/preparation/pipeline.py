@@ -25,7 +25,6 @@ import numpy as np
 import xxhash
 
 from k2train.config import DataConfig, SourceConfig, TokenizerConfig
-from k2train.data.cache import find_dataset
 from k2train.data.errors import DataError, os_errors_explained
 from k2train.data.manifest import (
     BLOCK_BYTES,
@@ -71,6 +70,8 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
         DataError: no text, too little of it, or the file system refuses; one sentence with the way on.
     """
     if config.prepared:
+        from k2train.data.cache import find_dataset  # not above: it brings torch, which workers do without
+
         return find_dataset(config.prepared, cache=cache, limit=config.cache_bytes)
     with os_errors_explained(cache):
         sources = located(config)
