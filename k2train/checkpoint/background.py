@@ -24,10 +24,13 @@ class HostCopy:
 
     def take(self, intervals: Sequence[Interval]) -> list[Interval]:
         """The intervals as they are now, whatever happens to their tensors later; valid until the next ``take``."""
-        ends = np.cumsum([-(-i.values.nbytes // 8) * 8 for i in intervals]).tolist()
+        ends = np.cumsum([-(-i.values.nbytes // 64) * 64 for i in intervals]).tolist()
         on_gpu = any(i.values.is_cuda for i in intervals)
         if ends and ends[-1] > len(self._memory):
-            self._memory = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=on_gpu)
+            if on_gpu:
+                self._memory = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+            else:  # numpy asks for large pages, torch does not
+                self._memory = torch.from_numpy(np.empty(ends[-1], np.uint8))
         copies = []
         for interval, start in zip(intervals, [0, *ends], strict=False):
             room = self._memory[start : start + interval.values.nbytes].view(interval.values.dtype)

@@ -7,6 +7,7 @@ ZeRO a checkpoint has as many segments as parameters times processes, and a read
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,35 +59,34 @@ def read_segments(
         CheckpointError: a tensor's segments do not cover each of its elements exactly once.
         OSError: a file cannot be read.
     """
-    cuts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    cuts: dict[str, array[int]] = defaultdict(lambda: array("q"))  # start, stop, file; millions, so no objects
     dtypes: dict[str, str] = {}
     for number, name in enumerate(names):
         for entry, described in read_header(folder / name).items():
             tensor, _, start = entry.rpartition("/")
             first = int(start)
-            cuts[tensor].append((first, first + math.prod(described["shape"]), number))
+            cuts[tensor].extend((first, first + math.prod(described["shape"]), number))
             dtypes[tensor] = described["dtype"]
     tensors, tables = {}, {}
-    for tensor, segments in cuts.items():
-        segments.sort()
-        shape = shapes.get(tensor.rpartition("/")[0], (segments[-1][1],))
+    for tensor, flat in cuts.items():
+        segments = np.array(flat).reshape(-1, 3)
+        segments = segments[segments[:, 0].argsort(kind="stable")]
+        shape = shapes.get(tensor.rpartition("/")[0], (int(segments[-1, 1]),))
         check_tiling(tensor, segments, shape)
         tensors[tensor] = TensorRecord(shape, str(TORCH[dtypes[tensor]]).removeprefix("torch."))
-        tables[tensor] = torch.tensor([(start, number) for start, _, number in segments])
+        tables[tensor] = torch.from_numpy(segments[:, [0, 2]])
     return tensors, tables
 
 
-def check_tiling(tensor: str, segments: Sequence[tuple[int, int, int]], shape: tuple[int, ...]) -> None:
-    """Raises CheckpointError unless sorted segments (start, stop, file) cover each element of a tensor exactly once."""
-    position = 0
-    for start, stop, _ in segments:
-        if start != position:
-            fault = "are missing" if start > position else "are there twice"
-            low, high = sorted((position, start))
-            raise CheckpointError(f"elements {low} to {high} of {tensor} {fault}")
-        position = stop
-    if position != math.prod(shape):
-        raise CheckpointError(f"{tensor} of shape {list(shape)} ends at element {position}")
+def check_tiling(tensor: str, segments: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises CheckpointError unless sorted segments ([n, 3]: start, stop, file) cover each element exactly once."""
+    starts, reached = segments[:, 0], np.concatenate(([0], segments[:-1, 1]))
+    if (wrong := np.flatnonzero(starts != reached)).size:
+        start, position = int(starts[wrong[0]]), int(reached[wrong[0]])
+        fault = "are missing" if start > position else "are there twice"
+        raise CheckpointError(f"elements {min(start, position)} to {max(start, position)} of {tensor} {fault}")
+    if (end := int(segments[-1, 1])) != math.prod(shape):
+        raise CheckpointError(f"{tensor} of shape {list(shape)} ends at element {end}")
 
 
 class IntervalReader:
