@@ -124,7 +124,10 @@ class CachedFolder:
         """Drops shards until this one fits."""
         if self._limit is None:
             return
-        held = {path: path.stat() for path in self.root.glob("*/*-*.safetensors") if path.is_file()}
+        held = {}
+        for path in self.root.glob("*/*-*.safetensors"):
+            with suppress(FileNotFoundError):  # another thread or process has just dropped it
+                held[path] = path.stat()
         total = sum(status.st_size for status in held.values()) + record.size
         for path in sorted(held, key=lambda path: held[path].st_mtime):
             if total <= self._limit:

@@ -75,8 +75,8 @@ def test_what_cannot_be_ordered_is_refused():
         positions([3, -1], windows=10, seed=0)
 
 
-def test_it_is_what_the_format_document_says():
-    """A slow oracle in Python integers, after docs/data-format.md."""
+def test_it_is_what_the_document_of_the_order_says():
+    """A slow oracle in Python integers, after docs/data-order.md."""
 
     def finalise(z: int) -> int:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
