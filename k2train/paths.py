@@ -76,6 +76,16 @@ class RunPaths:
         return self.root / "sample.txt"
 
     @property
+    def samples(self) -> Path:
+        """Text that it wrote while it was trained; one JSON object a line."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of traces and memory snapshots of single steps."""
+        return self.root / "profile"
+
+    @property
     def summary(self) -> Path:
         """The result; it exists once the run is finished."""
         return self.root / "summary.json"

@@ -34,6 +34,7 @@ __all__ = [
     "newest_checkpoint",
     "open_checkpoint",
     "prune",
+    "read_best",
     "save_checkpoint",
     "steps",
 ]

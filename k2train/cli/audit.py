@@ -43,7 +43,16 @@ def run(config: RunConfig) -> int:
     if faults := [*config.check_world(world_size)]:
         raise ConfigError(faults)
     # Without warm-up: after it, an update is large against the rounding of the weights that it is read from.
-    schedule = dataclasses.replace(config.schedule, warmup_steps=0, decay_fraction=0.0)
+    schedule = dataclasses.replace(
+        config.schedule,
+        warmup_steps=None,
+        warmup_tokens=None,
+        decay_fraction=None,
+        decay_steps=None,
+        decay_tokens=None,
+        decay_shape=None,
+        final_lr_ratio=None,
+    )
     config = dataclasses.replace(config, schedule=schedule)
     # Apart from the run of this name, which may not have begun, or be half done.
     paths = RunPaths(Path(config.runs_dir).expanduser() / config.name / "audit")

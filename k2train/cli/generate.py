@@ -10,11 +10,12 @@ import torch
 
 from k2train.checkpoint import Checkpoint, find_checkpoint
 from k2train.comm import close_world, open_world
-from k2train.config import ModelConfig, WriteConfig, parse
+from k2train.config import RunConfig, WriteConfig, parse
 from k2train.data import Tokenizer
 from k2train.generate import printable, sample_text
 from k2train.model import Transformer, build_model
 from k2train.paths import RunPaths
+from k2train.train.phases import build_plan
 
 
 def run(config: WriteConfig) -> int:
@@ -50,8 +51,9 @@ def write(config: WriteConfig) -> str:
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:
     """The model of a checkpoint, whole on this process, in fp32."""
     saved, reader = checkpoint.manifest.state, checkpoint.reader
-    architecture = dataclasses.replace(parse(ModelConfig, saved["config"]["model"]), vocab_size=saved["vocab_size"])
-    model = build_model(architecture, seed=0, device=device)
+    config = parse(RunConfig, saved["config"])
+    model = build_model(dataclasses.replace(config.model, vocab_size=saved["vocab_size"]), seed=0, device=device)
+    model.set_rope_scaling(build_plan(config).step(checkpoint.manifest.step - 1).phase.rope_scaling)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read(name, "master"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from k2train.checkpoint import Checkpoint, CheckpointError, choose_checkpoint
 from k2train.cli.compose import as_yaml
 from k2train.config import CheckConfig, RunConfig, parse
+from k2train.train.phases import build_plan
 from k2train.units import count, duration, memory
 
 
@@ -36,7 +37,7 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "checkpoint", str(checkpoint.folder)
     yield "size", f"{memory(checkpoint.size)} in {len(manifest.files)} files"
     yield "run", config.name
-    yield "step", f"{manifest.step} of {config.steps}"
+    yield "step", f"{manifest.step} of {build_plan(config).steps}"
     yield "tokens", f"{count(tokens)} in {duration(progress['elapsed'])} of training"
     yield "skipped steps", str(progress["skipped_steps"])
     yield "parameters", count(sum(math.prod(t.shape) for t in masters))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,6 +20,8 @@ from k2train.config import ConfigError, RunConfig, changed_settings, refuse_chan
 from k2train.lock import held_alone
 from k2train.paths import RunPaths, atomic_write, cache_dir
 from k2train.train.failures import report_failure, report_hang
+from k2train.train.hooks import Hook, own_hooks
+from k2train.train.phases import build_plan
 from k2train.train.quiet import Quiet, import_deepspeed, quiet
 from k2train.train.signals import Signals, Stopped
 from k2train.train.watchdog import Watchdog, beat
@@ -39,13 +40,16 @@ def run(config: RunConfig) -> int:
     """Trains, or shows the result of a run that is finished; returns the exit status.
 
     Raises:
-        ConfigError: the config does not fit this number of processes, or the run of this name has other settings.
+        ConfigError: the config does not fit this number of processes, the schedule's parts do not fit together, a hook
+            is none, or the run of this name has other settings.
         OSError: the run's folder cannot be written, or another process trains in it.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     paths = RunPaths(Path(config.runs_dir).expanduser() / config.name)
     if faults := [*config.check_world(world_size), *_other_settings(config, paths)]:
         raise ConfigError(faults)
+    build_plan(config)
+    own = own_hooks(config.train.hooks)
     if (summary := _finished(config, paths)) is not None:
         if rank == 0:
             _show_finished(summary)
@@ -55,14 +59,14 @@ def run(config: RunConfig) -> int:
         if rank == 0:
             paths.exit_status.unlink(missing_ok=True)
             atomic_write(paths.config, json.dumps(to_dict(config), indent=2) + "\n")
-        ended = _run(config, paths, rank=rank, world_size=world_size)
+        ended = _run(config, paths, own, rank=rank, world_size=world_size)
         if rank == 0:
             with contextlib.suppress(OSError):  # on a full disk whoever reads it finds none: the run has failed
                 atomic_write(paths.exit_status, f"{ended}\n")
     return ended
 
 
-def _run(config: RunConfig, paths: RunPaths, *, rank: int, world_size: int) -> int:
+def _run(config: RunConfig, paths: RunPaths, own: Sequence[Hook], *, rank: int, world_size: int) -> int:
     """Trains, whatever happens meanwhile; returns the exit status."""
     log = paths.logs / f"rank-{rank}.log"
     # To the end of the process: libraries print on their way out.
@@ -73,7 +77,7 @@ def _run(config: RunConfig, paths: RunPaths, *, rank: int, world_size: int) -> i
 
     with Signals() as signals, Watchdog(config.faults.hang_after, stacks=log.with_suffix(".stacks"), hung=hung):
         try:
-            _train(config, paths, streams, signals)
+            _train(config, paths, streams, signals, own)
         except (Exception, Stopped) as error:
             signals.ignore()
             return report_failure(error, rank=rank, world_size=world_size, log_path=log, stderr=streams.err)
@@ -96,7 +100,7 @@ def _finished(config: RunConfig, paths: RunPaths) -> Summary | None:
     if not paths.summary.exists():
         return None
     summary = Summary.from_json(paths.summary.read_text(encoding="utf-8"))
-    return summary if summary.steps >= config.steps else None
+    return summary if summary.steps >= build_plan(config).steps else None
 
 
 def _show_finished(summary: Summary) -> None:
@@ -107,7 +111,7 @@ def _show_finished(summary: Summary) -> None:
     console.print(summary_table(summary))
 
 
-def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals) -> None:
+def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals, own: Sequence[Hook]) -> None:
     from k2train.comm import close_world, main_first, open_store, open_world
 
     limit = timedelta(seconds=config.faults.hang_after)
@@ -123,31 +127,28 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals)
     )
     beat("starting DeepSpeed")
     import_deepspeed(config.train.device)
+    from k2train.cli.samples import Samples
+    from k2train.train.metrics import MetricsFile
+    from k2train.train.profile import Profiler
     from k2train.train.terminal import Terminal
     from k2train.train.track import Tracker
     from k2train.train.trainer import Trainer
 
     world = open_world(config.train.device, store=store, timeout=2 * limit)  # the watchdog, with its stacks, is first
+    steps = build_plan(config).steps
     terminal = Terminal(
-        name=config.name,
-        steps=config.steps,
-        log_every=max(1, config.steps // 40),
-        stream=streams.out,
-        enabled=world.main,
+        name=config.name, steps=steps, log_every=max(1, steps // 40), stream=streams.out, enabled=world.main
     )
     beat("building the model")
-    trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say)
-    with contextlib.ExitStack() as stack:
-        listeners: list[Terminal | Tracker] = [terminal]
-        if world.main:
-            resumed = trainer.progress.step > 0
-            tracker = Tracker(
-                config.track, to_dict(config), folder=paths.root, name=config.name, resumed=resumed, say=terminal.say
-            )
-            stack.push(lambda kind, error, where: tracker.finish(failed=kind is not None))
-            listeners.append(tracker)
-        with terminal:
-            result = trainer.train(listeners)
+    samples = Samples(config.generate, paths.samples, every=config.generate.every)
+    hooks = [terminal, samples, Profiler(config.profile.steps, paths.profile), *own]
+    if world.main:
+        tracker = Tracker(config.track, to_dict(config), folder=paths.root, name=config.name, say=terminal.say)
+        hooks += [MetricsFile(paths.metrics), tracker]
+    trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say, hooks=hooks)
+    with terminal:
+        result = trainer.train()
+    if result is not None:
         _report(trainer, result, streams)
     close_world()
 
@@ -199,7 +200,7 @@ def _report(trainer: Trainer, result: HeldOutLoss, streams: Quiet) -> None:
         compression=compression,
     )
     total, active = trainer.parameters()
-    tokens = progress.step * config.train.global_batch_size * config.train.sequence_length
+    tokens = trainer.plan.tokens
     summary = Summary(
         name=config.name,
         folder=str(paths.root),

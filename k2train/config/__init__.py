@@ -8,6 +8,7 @@ from k2train.config.compare import Change, changed_settings, refuse_changes
 from k2train.config.data import DataConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.parse import ConfigError, parse, to_dict
+from k2train.config.schedule import PhaseConfig, RopeScalingConfig, ScheduleConfig
 from k2train.config.schema import (
     RESUME,
     CheckConfig,
@@ -17,10 +18,10 @@ from k2train.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    ProfileConfig,
     RoleConfig,
-    RopeScalingConfig,
     RunConfig,
-    ScheduleConfig,
+    SampleConfig,
     TrackConfig,
     TrainConfig,
     ValidateConfig,
@@ -40,9 +41,12 @@ __all__ = [
     "OptimConfig",
     "OrderConfig",
     "ParallelConfig",
+    "PhaseConfig",
+    "ProfileConfig",
     "RoleConfig",
     "RopeScalingConfig",
     "RunConfig",
+    "SampleConfig",
     "ScheduleConfig",
     "SourceConfig",
     "TokenizerConfig",

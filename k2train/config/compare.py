@@ -19,12 +19,14 @@ HARMLESS = (
     "train.compile",
     "train.device",
     "train.threads",
+    "train.hooks",
     "parallel",
     "validate",
     "checkpoint",
     "faults",
     "track",
     "generate",
+    "profile",
 )
 
 

@@ -13,24 +13,13 @@ from dataclasses import dataclass
 from k2train.config.data import DataConfig
 from k2train.config.keys import find_key, suggest_key
 from k2train.config.rules import rule
+from k2train.config.schedule import RopeScalingConfig, ScheduleConfig
 
 # What a parameter is for; the model says it of each of its own.
 ROLES = ("embedding", "head", "attention", "mlp", "expert", "router", "norm")
 
 # What ``resume`` may be besides a path.
 RESUME = ("auto", "must", "never")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScalingConfig:
-    """YaRN (arXiv 2309.00071) with DeepSeek-V3's names; null in the model config switches it off."""
-
-    factor: float = rule(above=1)
-    original_max_position_embeddings: int = rule(at_least=1)
-    beta_fast: float = rule(above=0)
-    beta_slow: float = rule(above=0)
-    mscale: float = rule(at_least=0)
-    mscale_all_dim: float = rule(at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,26 +150,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Warm-up, stable, decay (WSD). The length of a run is steps or tokens, never a time."""
-
-    steps: int | None = rule(at_least=1)
-    tokens: int | None = rule(at_least=1)
-    warmup_steps: int = rule(at_least=0)
-    decay_fraction: float = rule(at_least=0, at_most=1)  # share of the run over which lr falls to final_lr_ratio
-    decay_shape: str = rule(one_of=("linear", "cosine"))
-    final_lr_ratio: float = rule(at_least=0, at_most=1)
-
-    def check(self) -> Iterator[str]:
-        """Sentences on fields that contradict each other."""
-        if (self.steps is None) == (self.tokens is None):
-            yield (
-                f"steps={self.steps} and tokens={self.tokens}: give exactly one as the run's length, null as the "
-                "other, as in schedule.steps=null schedule.tokens=2000000"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The batch, the machine and the numbers it computes in."""
 
@@ -193,6 +162,8 @@ class TrainConfig:
     activation_checkpointing: str = rule(one_of=("none", "selective", "full"))  # see k2train.model.recompute
     compile: bool = rule()  # torch.compile, see k2train.model.compile
     threads: int | None = rule(at_least=1)  # CPU threads a process; null: the cores of the node shared out
+    deterministic: bool = rule()  # see k2train.train.deterministic
+    hooks: tuple[str, ...] = rule()  # dotted paths of subclasses of k2train.train.hooks.Hook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +222,20 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig(GenerateConfig):
+    """Text that a run writes: at its end, and on the way."""
+
+    every: int = rule(at_least=0)  # steps; 0: only at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Where the time and the memory of single steps go."""
+
+    steps: tuple[int, ...] = rule(at_least=1)  # as metrics.jsonl counts them
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All that decides a run."""
 
@@ -270,26 +255,29 @@ class RunConfig:
     checkpoint: CheckpointConfig = rule()
     faults: FaultsConfig = rule()
     track: TrackConfig = rule()
-    generate: GenerateConfig = rule()  # the sample of text at the end of the run
+    generate: SampleConfig = rule()
+    profile: ProfileConfig = rule()
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run; a token budget is rounded up to whole steps."""
-        if self.schedule.steps is not None:
-            return self.schedule.steps
-        assert self.schedule.tokens is not None
-        return -(-self.schedule.tokens // (self.train.global_batch_size * self.train.sequence_length))
+    def batches(self) -> list[tuple[str, int, int]]:
+        """Every kind of step: the key that says it, sequences over all ranks, sequences of a micro-batch."""
+        found, usual = [], self.train.global_batch_size
+        for name, phase in self.schedule.parts().items():
+            micro = phase.micro_batch_size or self.train.micro_batch_size
+            if (size := phase.global_batch_size) is not None:
+                found.append((f"schedule.phases.{name}.global_batch_size={size}", size, micro))
+                continue
+            found.append((f"train.global_batch_size={usual}", usual, micro))
+            found += [(f"schedule.batch_ramp, entry {size},", size, micro) for size, _ in self.schedule.batch_ramp]
+        return list(dict.fromkeys(found))
 
     def check(self) -> Iterator[str]:
         """Sentences on fields of different groups that contradict each other."""
         if not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0"):
             yield f"name={self.name!r} must be a plain folder name: it names the run's folder under runs_dir"
         yield from self._check_start()
-        if self.train.global_batch_size % self.train.micro_batch_size:
-            yield (
-                f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
-                f"train.micro_batch_size={self.train.micro_batch_size}"
-            )
+        for key, size, micro in self.batches():
+            if size % micro:
+                yield f"{key} must be a multiple of train.micro_batch_size={micro}"
         if self.model.n_routed_experts % self.parallel.expert_parallel:
             yield (
                 f"parallel.expert_parallel={self.parallel.expert_parallel} must divide "
@@ -306,13 +294,20 @@ class RunConfig:
                 "train.compile=true but parallel.zero_stage=3 gathers weights between the operations that would be "
                 "compiled together: set train.compile=false, or parallel.zero_stage=2"
             )
-        if self.schedule.warmup_steps > self.steps:
-            yield f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run of {self.steps} steps"
-        if self.train.sequence_length > self.model.max_position_embeddings:
-            yield (
-                f"train.sequence_length={self.train.sequence_length} is longer than "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}"
-            )
+        for name, phase in self.schedule.phases.items():
+            yield from self._check_length(phase.sequence_length or 0, key=f"schedule.phases.{name}.sequence_length")
+            for key in ("weights", "final_weights"):
+                if (given := getattr(phase, key)) is not None and given.keys() != self.data.sources.keys():
+                    yield (
+                        f"schedule.phases.{name}.{key} names {', '.join(given)}, but data.sources are "
+                        f"{', '.join(self.data.sources)}: give a weight to each source"
+                    )
+        yield from self._check_length(self.train.sequence_length, key="train.sequence_length")
+
+    def _check_length(self, length: int, *, key: str) -> Iterator[str]:
+        if length > self.model.max_position_embeddings:
+            limit = self.model.max_position_embeddings
+            yield f"{key}={length} is longer than model.max_position_embeddings={limit}"
 
     def _check_start(self) -> Iterator[str]:
         for key in ("runs_dir", "resume", "init_from"):
@@ -332,12 +327,12 @@ class RunConfig:
 
     def check_world(self, world_size: int) -> Iterator[str]:
         """Sentences on what this world size cannot run; apart from ``check`` as the config alone does not know it."""
-        share = self.train.micro_batch_size * world_size
-        if self.train.global_batch_size % share:
-            yield (
-                f"train.global_batch_size={self.train.global_batch_size} does not divide over {world_size} processes "
-                f"with train.micro_batch_size={self.train.micro_batch_size}: it must be a multiple of {share}"
-            )
+        for key, size, micro in self.batches():
+            if size % (micro * world_size):
+                yield (
+                    f"{key} does not divide over {world_size} processes with train.micro_batch_size={micro}: it must "
+                    f"be a multiple of {micro * world_size}"
+                )
         if world_size % self.parallel.expert_parallel:
             yield (
                 f"parallel.expert_parallel={self.parallel.expert_parallel} does not divide the {world_size} "

@@ -8,11 +8,13 @@ experts differ, which are stacked as ``mlp.experts.{w1,w3,w2}``.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2train.config import ModelConfig
+from k2train.config import ModelConfig, RopeScalingConfig
 from k2train.model.attention import Attention, LatentAttention
 from k2train.model.dispatch import ExpertParallel
 from k2train.model.experts import Experts
@@ -23,7 +25,7 @@ from k2train.model.mlp import MLP
 from k2train.model.moe import MoE
 from k2train.model.norm import RMSNorm
 from k2train.model.recompute import MODES, recomputed, recomputed_around_attention
-from k2train.model.rope import rope_frequencies, rope_table
+from k2train.model.rope import rope_frequencies, rope_table, softmax_scale
 from k2train.model.router import Router
 
 ATTENTION: dict[str, type[Attention]] = {"mla": LatentAttention, "gqa": GroupedQueryAttention}
@@ -177,6 +179,16 @@ class Transformer(nn.Module):
                 module.checkpointing = mode
             elif isinstance(module, (Attention, MLP, Experts)):
                 module.recompute = mode == "selective"
+
+    def set_rope_scaling(self, scaling: RopeScalingConfig | None) -> None:
+        """Changes how positions are extended, from the next forward pass on: rotation and the scale of the softmax.
+
+        Args:
+            scaling: YaRN, or None.
+        """
+        self.config = dataclasses.replace(self.config, rope_scaling=scaling)
+        for _, layer in self.attention_layers():
+            layer.scale = softmax_scale(layer.nope + layer.rope, scaling)
 
     def attention_layers(self) -> list[tuple[str, Attention]]:
         """Every attention module with its global name: what QK-Clip watches and scales."""

@@ -145,7 +145,7 @@ def audit(trainer: Trainer) -> list[Row]:
     optimizer = trainer.optimizer
     _refuse(foreign_muon(trainer.engine, optimizer, trainer.model))
     with StepAudit(optimizer) as measured:
-        if not trainer.step()["applied"]:
+        if not trainer.step():
             raise RunError("the gradient of the first step is not finite: there is nothing to audit")
     everywhere = gather_json(
         {

@@ -163,7 +163,7 @@ class Saver:
         self._check_data(checkpoint)
         same_world = saved["machine"]["processes"] == self.world.size
         self.state.load(checkpoint, same_world=same_world, seed=config.seed)
-        self.say(f"resuming from step {self.state.progress.step} of {config.steps} ({checkpoint.folder})")
+        self.say(f"resuming from step {self.state.progress.step} of {self.state.plan.steps} ({checkpoint.folder})")
         for change in changes:
             self.say(change.sentence)
         for key, now in self.machine.items():
@@ -179,7 +179,7 @@ class Saver:
 
     def _check_data(self, checkpoint: Checkpoint) -> None:
         self._check_tokenizer(checkpoint)
-        saved, batch = checkpoint.manifest.state["data"], self.config.train.global_batch_size
+        saved, step = checkpoint.manifest.state["data"], checkpoint.manifest.step
         if "data" not in self.config.allow_changed:
             try:
                 self.state.stream.load_state_dict(saved)
@@ -187,10 +187,10 @@ class Saver:
                 raise RunError(
                     f"{checkpoint.folder}: {error}; to go on with the data that is there now: allow_changed=[data]"
                 ) from error
-        if saved["next_sample"] != checkpoint.manifest.step * batch:
+        if saved["next_sample"] != (planned := self.state.plan.samples_before(step)):
             raise RunError(
-                f"{checkpoint.folder} has read {saved['next_sample']} samples in {checkpoint.manifest.step} steps, so "
-                f"that steps of train.global_batch_size={batch} would repeat some or leave some out: set it back"
+                f"{checkpoint.folder} has read {saved['next_sample']} samples in {step} steps, and by the batch sizes "
+                f"that are set now it would be {planned}, so that some would be repeated or left out: set them back"
             )
 
     def _check_tokenizer(self, checkpoint: Checkpoint) -> None:

@@ -1,28 +1,38 @@
-"""The learning rate over a run: warm-up, stable, decay (WSD), as K2 was trained (arXiv 2507.20534, section 2.5)."""
+"""The learning rate within a phase: warm-up, stable, decay (WSD), as K2 was trained (arXiv 2507.20534, section 2.5).
+
+Cosine and linear schedules are decays over the whole length, a constant one has none. All of it is a function of the
+tokens that the run has seen.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from k2train.config import ScheduleConfig
+
+@dataclass(frozen=True)
+class Decay:
+    """From one share of the peak learning rate to another, over the tokens from ``start`` to ``stop`` of the run."""
+
+    start: int
+    stop: int
+    shape: str  # linear | cosine
+    before: float
+    after: float
+
+    def ratio(self, tokens: int) -> float:
+        """The share of the peak when a step has brought the run to so many tokens."""
+        into = tokens - self.start
+        if into <= 0:
+            return self.before
+        share = into / (self.stop - self.start)
+        kept = 1 - share if self.shape == "linear" else (1 + math.cos(math.pi * share)) / 2
+        return self.after + (self.before - self.after) * kept
 
 
-def lr_factor(step: int, *, steps: int, schedule: ScheduleConfig) -> float:
-    """What the peak learning rate is multiplied with at a step.
+def warmup(tokens: int, *, length: int) -> float:
+    """What the learning rate is multiplied with at the start of a run: it rises linearly over ``length`` tokens.
 
-    It rises linearly to 1 over ``warmup_steps`` (the first step is not lost on a rate of 0), stays there, and falls
-    to ``final_lr_ratio`` over the last ``decay_fraction`` of the run, reaching it at the last step.
-
-    Args:
-        step: counted from 0.
-        steps: of the whole run.
-        schedule: its shape.
+    As ``tokens`` are those seen after the step, the first step is not lost on a rate of 0.
     """
-    warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-    decay_steps = round(steps * schedule.decay_fraction)
-    into_decay = step + 1 - (steps - decay_steps)
-    if into_decay <= 0:
-        return warmup
-    share = into_decay / decay_steps
-    kept = 1 - share if schedule.decay_shape == "linear" else (1 + math.cos(math.pi * share)) / 2
-    return warmup * (schedule.final_lr_ratio + (1 - schedule.final_lr_ratio) * kept)
+    return min(1.0, tokens / length) if length else 1.0

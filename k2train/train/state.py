@@ -20,6 +20,7 @@ from k2train.comm import World
 from k2train.data import TrainStream
 from k2train.model import Transformer
 from k2train.train import zero
+from k2train.train.phases import Plan
 from k2train.train.randomness import generator_states, seed_generators, set_generator_states
 from k2train.train.zero import Shard, whole_shape
 
@@ -73,6 +74,7 @@ class RunState:
     experts: Experts
     world: World
     stream: TrainStream
+    plan: Plan
     vocab_size: int
     progress: Progress = field(default_factory=Progress)
     hooks: Mapping[str, Stateful] = field(default_factory=dict)  # by name
@@ -84,7 +86,7 @@ class RunState:
     @property
     def next_sample(self) -> int:
         """Number of the first sample of the next step."""
-        return self.progress.step * int(self.engine.train_batch_size())
+        return self.plan.samples_before(self.progress.step)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every parameter and router bias."""
@@ -131,8 +133,6 @@ class RunState:
             setattr(self.progress, each.name, getattr(progress, each.name))
         self.engine.global_steps = self.progress.step
         self.engine.global_samples = self.next_sample
-        # Never the saved count: another accumulation would be in the middle of a step.
-        self.engine.micro_steps = self.progress.step * self.engine.gradient_accumulation_steps()
         for name, hook in self.hooks.items():
             if name in saved["hooks"]:
                 hook.load_state_dict(saved["hooks"][name])

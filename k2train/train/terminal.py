@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from k2train.train.hooks import Hook
 from k2train.units import count, duration
 
 # Seconds between two drawings of the panel: steps of a small model are faster than eyes.
@@ -25,7 +26,7 @@ REFRESH = 0.2
 RECENT = 50
 
 
-class Terminal:
+class Terminal(Hook):
     """The run as told to a person. As a context manager it owns the screen between start and end.
 
     Drawn by the training loop itself, with no thread beside it, and with the cursor left visible: whatever ends the
@@ -47,7 +48,7 @@ class Terminal:
         Args:
             name: of the run.
             steps: of the whole run.
-            log_every: steps between two plain lines.
+            log_every: steps between two plain lines, at least.
             stream: where to; a live panel if it is a terminal.
             enabled: False on ranks other than 0, for which every method then does nothing.
             clock: seconds that never run backwards.
@@ -57,7 +58,7 @@ class Terminal:
         self._console = Console(file=stream, highlight=False, soft_wrap=False)
         self._is_live = stream.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
-        self._drawn_at = -math.inf
+        self._drawn_at, self._told_at = -math.inf, 0
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=RECENT + 1)  # clock, step, tokens
         self._record: Mapping[str, Any] | None = None
         self._validation: Mapping[str, Any] | None = None
@@ -90,8 +91,8 @@ class Terminal:
             self._fit()
             self._console.print(Text(text), soft_wrap=not self._is_live)
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Shows the metrics of a step, as the trainer writes them to metrics.jsonl."""
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Shows the metrics of the last steps, as they are written to metrics.jsonl."""
         if not self._enabled:
             return
         now, first = self._clock(), self._record is None
@@ -101,7 +102,8 @@ class Terminal:
         if self._live:
             if first or last or now - self._drawn_at >= REFRESH:
                 self._draw()
-        elif first or last or record["step"] % self._log_every == 0:
+        elif first or last or record["step"] // self._log_every > self._told_at // self._log_every:
+            self._told_at = record["step"]
             self.say(self._line())
 
     def validation(self, record: Mapping[str, Any]) -> None:
@@ -109,9 +111,13 @@ class Terminal:
         if not self._enabled:
             return
         self._validation = record
+        what = "all that is held out" if record["whole"] else "held out"
+        parts = ""
+        if len(record["sets"]) > 1:
+            parts = ": " + ", ".join(f"{n} {_number(f['bits_per_byte'], '.4f')}" for n, f in record["sets"].items())
         self.say(
-            f"step {record['step']:,}: held out {_number(record['validation_bits_per_byte'], '.4f')} bits/byte "
-            f"(loss {_number(record['validation_loss'], '.4f')})"
+            f"step {record['step']:,}: {what} {_number(record['validation_bits_per_byte'], '.4f')} bits/byte "
+            f"(loss {_number(record['validation_loss'], '.4f')}){parts}"
         )
         self._draw()
 

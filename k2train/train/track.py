@@ -13,17 +13,21 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from k2train.config import TrackConfig
+from k2train.train.hooks import Hook
+
+if TYPE_CHECKING:
+    from k2train.train.trainer import Trainer
 
 # Seconds given to the server at the start, and to the last uploads at the end; what is not sent then stays on disk.
 INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 60.0
 log = logging.getLogger(__name__)
 
 
-class Tracker:
+class Tracker(Hook):
     """Sends a run's metrics to wandb. Made by rank 0 alone; ``off`` never imports wandb."""
 
     def __init__(
@@ -33,10 +37,9 @@ class Tracker:
         *,
         folder: Path,
         name: str,
-        resumed: bool,
         say: Callable[[str], None],
     ) -> None:
-        """Starts, and says in one line where metrics go.
+        """Prepares; wandb is not touched yet.
 
         Args:
             config: ``wandb`` is auto, off, offline or online. auto is online for who is logged in to wandb, unless
@@ -44,11 +47,18 @@ class Tracker:
             run_config: the run's config as plain values; shown beside the curves.
             folder: of the run; wandb's files go to ``wandb`` in it.
             name: of the run.
-            resumed: whether the run goes on from a checkpoint: then under the id that it had.
             say: tells the person.
         """
-        self._say, self._log_every = say, config.log_every
+        self._config, self._run_config, self._folder, self._name, self._say = config, run_config, folder, name, say
         self._run: Any = None
+
+    def start(self, trainer: Trainer) -> None:
+        """See ``open``."""
+        self.open(resumed=trainer.progress.step > 0)
+
+    def open(self, *, resumed: bool) -> None:
+        """Begins, and says in one line where metrics go; a run that goes on from a checkpoint keeps its id."""
+        config, folder, say = self._config, self._folder, self._say
         mode = choose_mode(config.wandb)
         if mode == "off":
             return
@@ -58,18 +68,22 @@ class Tracker:
         try:
             identity = run_id(folder, resumed=resumed)
             if mode == "online":
-                self._run = self._go_online(identity, config.project, run_config, folder=folder, name=name)
+                self._run = self._go_online(identity)
             if self._run is None:
-                self._run = _start("offline", identity, config.project, run_config, folder=folder, name=name)
+                self._run = self._start("offline", identity)
                 why = "" if is_logged_in() else " as there is no login"
                 say(f"wandb: offline{why}, in {folder / 'wandb'}; nothing is uploaded")
         except Exception as error:  # wandb's errors are of many kinds, and none is worth a run
             self._fail(error)
 
-    def _go_online(self, identity: str, project: str, run_config: Mapping[str, Any], *, folder: Path, name: str) -> Any:
+    def _start(self, mode: Literal["offline", "online"], identity: str) -> Any:
+        config, folder, name = self._config, self._folder, self._name
+        return _start(mode, identity, config.project, self._run_config, folder=folder, name=name)
+
+    def _go_online(self, identity: str) -> Any:
         """The run at the server, or None if that cannot be reached."""
         try:
-            run = _start("online", identity, project, run_config, folder=folder, name=name)
+            run = self._start("online", identity)
         except Exception as error:  # as above
             import wandb
 
@@ -80,14 +94,14 @@ class Tracker:
         self._say(f"wandb: online, at {run.url}")
         return run
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Logs the metrics of every ``log_every``-th step."""
-        if record["step"] % self._log_every == 0:
-            self._log(record, group="train")
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Logs the metrics of the last steps."""
+        self._log(record, group="train")
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Logs the loss on held-out text."""
-        self._log(record, group="validation")
+        sets = {f"{name}_{key}": value for name, found in record["sets"].items() for key, value in found.items()}
+        self._log({**record, **sets}, group="validation")
 
     def finish(self, *, failed: bool = False) -> None:
         """Sends what is left, within a minute. A second call does nothing."""

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from muonclip.orthogonalize import cpu_multiplies_bfloat16
 
-from k2train.comm import World, sum_across
+from k2train.comm import World
 from k2train.config import RunConfig
 from k2train.data import DataPhase, Tokenizer, build_stream, open_dataset
-from k2train.model import build_model, materialise, update_bias
+from k2train.model import build_model, materialise
 from k2train.paths import RunPaths, atomic_write
 from k2train.train import zero
-from k2train.train.audit import OnceEach
+from k2train.train.best import Best
 from k2train.train.compile import Compiled
+from k2train.train.deterministic import make_deterministic
 from k2train.train.engine import (
     PRECISIONS,
     build_clip,
@@ -32,29 +32,29 @@ from k2train.train.engine import (
 )
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
-from k2train.train.metrics import MetricsFile
+from k2train.train.hooks import Hook, hook_name
+from k2train.train.loop import run_loop
+from k2train.train.metrics import Meter
+from k2train.train.phases import build_plan
 from k2train.train.saving import Saver, describe_machine
-from k2train.train.schedule import lr_factor
-from k2train.train.state import Experts, RunState
-from k2train.train.validate import HeldOutLoss, Window, held_out_loss
+from k2train.train.state import Experts, Progress, RunState
+from k2train.train.step import Stepper
+from k2train.train.validate import HeldOutLoss, Window, evenly, held_out_loss, joined
 from k2train.units import count
-
-
-class Listener(Protocol):
-    """Who is told how the run goes: the terminal, and trackers."""
-
-    def step(self, record: dict[str, Any]) -> None:
-        """The metrics of a step."""
-
-    def validation(self, record: dict[str, Any]) -> None:
-        """The loss on held-out text."""
 
 
 class Trainer:
     """A run of ``config`` on the data set of ``manifest``; every rank makes one and calls the same methods."""
 
     def __init__(
-        self, config: RunConfig, manifest: Path, *, world: World, paths: RunPaths, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        manifest: Path,
+        *,
+        world: World,
+        paths: RunPaths,
+        say: Callable[[str], None],
+        hooks: Sequence[Hook] = (),
     ) -> None:
         """Builds model, optimizer, engine and data, and resumes from the newest whole checkpoint if there is one.
 
@@ -64,13 +64,18 @@ class Trainer:
             world: the processes of the run.
             paths: its folder.
             say: tells the person a sentence.
+            hooks: what happens beside training.
 
         Raises:
+            ConfigError: the parts of the schedule do not fit together.
             RunError: the checkpoints of the run belong to another data set, or the vocabulary does not fit.
             CheckpointError: they belong to another model.
         """
         self.config, self.world, self.paths, self.say = config, world, paths, say
-        self.listeners: Sequence[Listener] = ()
+        self.plan, self.hooks = build_plan(config), hooks
+        self.stop_after_step = False  # set, on all ranks alike, to save and leave the loop
+        if config.train.deterministic:
+            make_deterministic()
         self.threads = _set_threads(config.train.threads, world)
         self.precision = choose_precision(config.train.precision, world.device)
         self.dataset = open_dataset(manifest)
@@ -109,10 +114,14 @@ class Trainer:
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
             atomic_write(paths.tokenizer, definition.read_bytes())
-        phase = DataPhase(config.steps * config.train.global_batch_size, config.train.sequence_length)
+        phases = [DataPhase(p.samples, p.sequence_length, p.weights, p.final_weights) for p in self.plan.phases]
         self.stream = build_stream(
-            self.dataset, config.data, [phase], seed=config.seed, boundaries=config.train.document_mask
+            self.dataset, config.data, phases, seed=config.seed, boundaries=config.train.document_mask
         )
+        for note in self.stream.notes:
+            say(note)
+        progress = Progress()
+        self.meter, self.best = Meter(progress, device=world.device), Best()
         self.state = RunState(
             self.model,
             self.engine,
@@ -122,9 +131,22 @@ class Trainer:
             Experts(parallel.rank, parallel.size),
             world,
             self.stream,
+            self.plan,
             vocab_size=self._vocab_size(),
+            progress=progress,
+            hooks={"meter": self.meter, "best": self.best, **{hook_name(hook): hook for hook in hooks}},
         )
         self.progress = self.state.progress
+        self._stepper = Stepper(
+            self.engine,
+            self.model,
+            self.optimizer,
+            self.clip,
+            samples=self.stream.batch,
+            meter=self.meter,
+            world=world,
+            say=say,
+        )
         self.saver = Saver(
             self.state,
             config=config,
@@ -136,155 +158,96 @@ class Trainer:
         self._introduce()
         self.saver.resume()
 
-    # ---- the loop
+    # ---- what the loop does
 
-    def train(self, listeners: Sequence[Listener] = ()) -> HeldOutLoss:
-        """Runs all steps that are left and returns the loss on the whole held-out split."""
-        self.listeners = listeners
-        metrics = MetricsFile(self.paths.metrics, resume_at=self.progress.step) if self.world.main else None
-        every = self.config.checkpoint.every
-        proof = OnceEach(self.engine, self.optimizer, self.model, self.state.experts)
-        while self.progress.step < self.config.steps:
-            self.saver.check()
-            record = self.step()
-            if self.compiled:
-                self.compiled.check()
-            proof.check(applied=record["applied"])
-            step = self.progress.step
-            last = step == self.config.steps
-            if metrics and (step % self.config.track.log_every == 0 or last):
-                metrics.write(record)
-            for listener in self.listeners:
-                listener.step(record)
-            if self.config.validate.every and step % self.config.validate.every == 0 and not last:
-                self._validate(metrics, whole=False)
-            if last or (every and step % every == 0):
-                self.saver.save()
-        result = self._validate(metrics, whole=True)
-        self.saver.wait()
-        if metrics:
-            metrics.close()
-        return result
+    def train(self) -> HeldOutLoss | None:
+        """Runs all steps that are left; see ``run_loop``."""
+        return run_loop(self, self.hooks)
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step; returns its metrics."""
-        config, clip = self.config, self.clip
-        begin = time.perf_counter()
-        factor = lr_factor(self.progress.step, steps=config.steps, schedule=config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        loss_sum, balance_sum = self._accumulate_gradients()
-        clip.gather()
-        self.engine.step()
-        applied = bool(self.engine.was_step_applied())
-        imbalance = self._update_router_bias(applied=applied)
-        untold = torch.stack([layer.max_logit_fallbacks for _, layer in self.model.attention_layers()]).sum()
-        clip.reset()
-        max_logit, clipped, invalid = (
-            v.item() for v in (clip.max_logits.max(), (clip.gamma < 1).sum(), clip.invalid.sum())
-        )
-
-        micro_batches = self._micro_batches() * self.world.size
-        loss, balance, fallbacks = sum_across([loss_sum, balance_sum, untold], device=self.world.device)
+    def step(self) -> bool:
+        """Takes the next step of the plan; returns whether it was applied."""
+        applied = self._stepper.take(self.plan.step(self.progress.step))
+        if self.compiled:
+            self.compiled.check()
         self.progress.step += 1
-        seconds = time.perf_counter() - begin
-        self.progress.elapsed += seconds
-        self.progress.max_logit = max(self.progress.max_logit, max_logit)
-        self.progress.clipped_steps += clipped > 0
-        if not applied:
-            self.progress.skipped_steps += 1
-            self.say(f"step {self.progress.step}: the gradient is not finite, so nothing was updated")
-        if invalid:
-            self.say(
-                f"step {self.progress.step}: the largest logit of {invalid} heads is not finite; they are not clipped"
-            )
-        tokens = config.train.global_batch_size * config.train.sequence_length
+        self.progress.skipped_steps += not applied
+        self.progress.elapsed += self.meter.last_seconds
+        return applied
+
+    def record(self) -> dict[str, Any]:
+        """The metrics of the steps since the last record; called by all ranks together."""
+        found, step = self.meter.take(), self.plan.step(self.progress.step - 1)
+        loss = found["nats"] / found["targets"] if found["targets"] else math.nan
+        applied = found["steps"] - found["skipped_steps"]
+        text = self.dataset.tokens("train") / self.dataset.bytes("train")
         return {
             "step": self.progress.step,
-            "tokens": self.progress.step * tokens,
-            "loss": loss / micro_batches,
-            "bits_per_byte": loss
-            / micro_batches
-            / math.log(2)
-            * self.dataset.tokens("train")
-            / self.dataset.bytes("train"),
-            "balance_loss": balance / micro_batches,
-            "lr": config.optim.lr * factor,
-            "grad_norm": float(self.engine.get_global_grad_norm()),
-            "tokens_per_second": tokens / seconds,
-            "max_logit": max_logit,
-            "clipped_heads": clipped,
-            "invalid_heads": invalid,
-            "max_logit_fallbacks": int(fallbacks),  # heads whose largest logit the attention kernel did not tell
-            "balance_max": imbalance,
-            "applied": applied,
+            "steps": int(found["steps"]),  # that the record is of
+            "skipped_steps": int(found["skipped_steps"]),  # of them; they count for nothing below
+            "phase": step.phase.name,
+            "tokens": step.tokens_after,
+            "loss": loss,  # mean over the tokens of all these steps
+            "bits_per_byte": loss / math.log(2) * text,
+            "balance_loss": found["balance_loss"] / applied if applied else math.nan,
+            "lr": self.config.optim.lr * step.lr_ratio,  # of the last step
+            "grad_norm": found["grad_norm"],  # the largest, as the next ones
+            "max_logit": found["max_logit"],
+            "clipped_heads": int(max(0, found["clipped_heads"])),
+            "balance_max": found["balance_max"],
+            "max_logit_fallbacks": int(found["max_logit_fallbacks"]),  # heads whose kernel did not tell it; their sum
+            "tokens_per_second": found["tokens"] / found["seconds"],
             "elapsed": self.progress.elapsed,
         }
 
-    def _accumulate_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward of this rank's share of the step; sums of the micro-batches' mean losses."""
-        device, size = self.world.device, self.config.train.micro_batch_size
-        loss_sum, balance_sum = torch.zeros((), device=device), torch.zeros((), device=device)
-        micro_batches = self._micro_batches()
-        first = self.progress.step * self.config.train.global_batch_size
-        self.model.train()
-        for number in range(micro_batches):
-            start = first + (number * self.world.size + self.world.rank) * size
-            tokens_BT, labels_BT, starts_BT = self.stream.batch(range(start, start + size))
-            starts = None if starts_BT is None else starts_BT.to(device)
-            loss_BT, balance = self.engine(tokens_BT.to(device), labels_BT.to(device), starts)
-            loss = loss_BT.mean()  # every position of a packed sample has a label
-            self.engine.backward(loss + balance)
-            loss_sum += loss.detach()
-            balance_sum += balance.detach()
-            if number + 1 < micro_batches:
-                self.engine.step()  # DeepSpeed counts micro-batches by it; the update comes with the last one
-        return loss_sum, balance_sum
+    def validate(self, *, whole: bool) -> HeldOutLoss:
+        """The loss on held-out text, of which hooks are told; called by all ranks together.
 
-    def _update_router_bias(self, *, applied: bool) -> float:
-        """Moves each router's selection bias by the global loads; returns the largest load over the mean one.
-
-        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). A step that was not applied moves nothing.
+        Args:
+            whole: read all of it; else ``validate.tokens`` of each set, evenly spread.
         """
-        gates = [moe.gate for _, moe in self.model.moe_layers()]
-        if not gates:
-            return 1.0
-        loads_LE = torch.stack([gate.loads for gate in gates])
-        dist.all_reduce(loads_LE)
-        for gate, loads_E in zip(gates, loads_LE, strict=True):
-            if applied:
-                rate = self.config.model.router_bias_rate
-                gate.e_score_correction_bias.copy_(update_bias(gate.e_score_correction_bias, loads_E, rate=rate))
-            gate.loads.zero_()
-        loads_LE = loads_LE.double()
-        return float((loads_LE.amax(1) / loads_LE.mean(1)).max())
-
-    def _validate(self, metrics: MetricsFile | None, *, whole: bool) -> HeldOutLoss:
-        config = self.config
-        windows: Sequence[Window] = self.dataset.windows("held_out", sequence_length=config.train.sequence_length)
-        if not whole:  # evenly spread, so that a few windows still see all of the text
-            number = min(len(windows), -(-config.validate.tokens // config.train.sequence_length))
-            windows = [windows[i * len(windows) // number] for i in range(number)]
-        found = held_out_loss(
-            self.model,
-            windows,
-            bytes_of_token=_bytes_of_tokens(self.dataset.tokenizer),
-            batch_size=config.train.micro_batch_size,
-            document_mask=config.train.document_mask,
-            world=self.world,
-        )
+        config, found = self.config, {}
+        for name, windows in self._held_out.items():
+            number = -(-config.validate.tokens // config.train.sequence_length)
+            found[name] = held_out_loss(
+                self.model,
+                windows if whole else evenly(windows, number),
+                bytes_of_token=self._bytes_of_token,
+                batch_size=config.train.micro_batch_size,
+                document_mask=config.train.document_mask,
+                world=self.world,
+            )
+        result = joined(found.values())
+        if not whole:
+            self.best.note(self.progress.step, result.bits_per_byte)
         record = {
             "step": self.progress.step,
-            "tokens": self.progress.step * config.train.global_batch_size * config.train.sequence_length,
-            "validation_loss": found.per_token,
-            "validation_bits_per_byte": found.bits_per_byte,
+            "tokens": self.plan.tokens_before(self.progress.step),
+            "validation_loss": result.per_token,
+            "validation_bits_per_byte": result.bits_per_byte,
+            "sets": {n: {"loss": f.per_token, "bits_per_byte": f.bits_per_byte} for n, f in found.items()},
             "whole": whole,
         }
-        if metrics:
-            metrics.write(record)
-        for listener in self.listeners:
-            listener.validation(record)
-        return found
+        for hook in self.hooks:
+            hook.validation(record)
+        return result
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step; called by all ranks together."""
+        self.meter.fold()
+        self.saver.save(best=self.best.claims(self.progress.step))
+        for hook in self.hooks:
+            hook.saved(self.progress.step)
+
+    # ---- data
+
+    @cached_property
+    def _held_out(self) -> Mapping[str, Sequence[Window]]:
+        """The sets that are never trained on, by name; of the first phase's length, so that they stay comparable."""
+        return {"held_out": self.dataset.windows("held_out", sequence_length=self.config.train.sequence_length)}
+
+    @cached_property
+    def _bytes_of_token(self) -> torch.Tensor:
+        return _bytes_of_tokens(self.dataset.tokenizer)
 
     # ---- small facts
 
@@ -319,10 +282,8 @@ class Trainer:
             f"ZeRO-{parallel.zero_stage}{offload}, expert parallelism {parallel.expert_parallel}; "
             f"{count(self.dataset.tokens('train'))} training tokens"
         )
-
-    def _micro_batches(self) -> int:
-        """That this rank computes for one step."""
-        return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.world.size)
+        for line in self.plan.table(lr=self.config.optim.lr):
+            self.say(line)
 
     def _vocab_size(self) -> int:
         wanted, there = self.config.model.vocab_size, self.dataset.padded_vocab_size

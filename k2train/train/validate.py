@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,18 @@ class HeldOutLoss:
     def bits_per_byte(self) -> float:
         """Bits a byte of the text."""
         return self.nats / math.log(2) / self.bytes
+
+
+def joined(parts: Iterable[HeldOutLoss]) -> HeldOutLoss:
+    """Of several sets as if they were one."""
+    found = list(parts)
+    return HeldOutLoss(sum(p.nats for p in found), sum(p.tokens for p in found), sum(p.bytes for p in found))
+
+
+def evenly(windows: Sequence[Window], number: int) -> list[Window]:
+    """``number`` of the windows, or all if they are fewer, evenly spread: so that a few still see all of the text."""
+    number = min(len(windows), number)
+    return [windows[i * len(windows) // number] for i in range(number)]
 
 
 def held_out_loss(

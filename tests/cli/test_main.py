@@ -63,7 +63,7 @@ def test_train_help_lists_groups_and_ten_overrides(capsys):
         "moonlight-16b",
         "folder, hub, jsonl, mixture, prepared, stdlib",
         "adamw, muon, muonclip",
-        "constant, wsd",
+        "constant, cosine, k2, linear, wsd",
         "tiny",
     ):
         assert option in text

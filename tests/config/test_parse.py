@@ -96,8 +96,20 @@ def test_a_bad_value_names_key_rule_and_value(tiny, key, value, sentence):
         ("data__weights", {"other": 1}, "data.weights.stdlib is missing: give a weight to each source, or to none"),
         ("data__max_epochs", {"other": 1}, "data.max_epochs.other: there is no such source"),
         ("optim__tau", None, "optim.tau is null but name=muonclip clips at it"),
-        ("schedule__tokens", 5, "give exactly one as the run's length"),
-        ("schedule__warmup_steps", 21, "schedule.warmup_steps=21 is longer than the run of 20 steps"),
+        ("schedule__tokens", 5, "give exactly one as the length"),
+        ("schedule__decay_tokens", 5, "schedule.decay_fraction=0.6 and decay_tokens=5: give one length of the decay"),
+        ("schedule__decay_shape", None, "and decay_shape=null: a decay needs all three, and without one all are null"),
+        ("schedule__warmup_tokens", 5, "warmup_tokens=5: set one of them to null"),
+        ("schedule__batch_ramp", [[4, 9], [8, 9]], "the tokens of its entries must rise"),
+        (
+            "schedule__batch_ramp",
+            [[6, 9]],
+            "schedule.batch_ramp, entry 6, must be a multiple of train.micro_batch_size=4",
+        ),
+        ("schedule__phases", {"a": {"steps": 5}}, "set steps, decay_fraction, decay_shape, final_lr_ratio to null"),
+        ("schedule__phases", {"a": {"steps": 5, "tokens": 5}}, "schedule.phases.a.steps=5 and tokens=5: give exactly"),
+        ("schedule__phases", {"a": {"steps": 5, "weights": {"x": 0}}}, "add up to 0"),
+        ("schedule__phases", {"a": {"steps": 5, "final_weights": {"x": 1}}}, "final_weights is given without weights"),
         ("train__micro_batch_size", 3, "train.global_batch_size=8 must be a multiple of train.micro_batch_size=3"),
         ("parallel__expert_parallel", 3, "parallel.expert_parallel=3 must divide model.n_routed_experts=8"),
         ("train__sequence_length", 8192, "is longer than model.max_position_embeddings=4096"),
@@ -158,6 +170,20 @@ def test_world_that_does_not_divide_the_experts(tiny):
     assert "parallel.expert_parallel=2 does not divide the 1 process of this run" in next(iter(config.check_world(1)))
 
 
-def test_tokens_are_rounded_up_to_steps(tiny):
-    schedule = tiny["schedule"] | {"steps": None, "tokens": 8 * 64 * 9 + 1}
-    assert parse(RunConfig, tiny | {"schedule": schedule}).steps == 10
+@pytest.mark.parametrize(
+    ("phase", "sentence"),
+    [
+        ({"sequence_length": 8192}, "a.sequence_length=8192 is longer than model.max_position_embeddings=4096"),
+        ({"global_batch_size": 6}, "a.global_batch_size=6 must be a multiple of train.micro_batch_size=4"),
+        ({"weights": {"x": 1}}, "schedule.phases.a.weights names x, but data.sources are stdlib"),
+        ({"micro_batch_size": 3}, "train.global_batch_size=8 must be a multiple of train.micro_batch_size=3"),
+    ],
+)
+def test_a_phase_that_does_not_fit(tiny, phase, sentence):
+    schedule = {"batch_ramp": [], "phases": {"a": {"steps": 5, **phase}}}
+    assert any(sentence in fault for fault in faults(tiny, schedule=schedule))
+
+
+def test_a_key_that_may_be_left_out_is_null(tiny):
+    schedule = parse(RunConfig, tiny | {"schedule": {"batch_ramp": [], "phases": {"a": {"steps": 5}}}}).schedule
+    assert (schedule.steps, schedule.phases["a"].tokens) == (None, None)

@@ -135,14 +135,14 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
         if step == HALF:
             held_out = loss_on_held_out(trainer.model, trainer.dataset, config)
         trainer.optimizer.orthogonalized = Counter()
-        records.append(trainer.step())
-        assert records[-1]["applied"]
+        assert trainer.step()
+        records.append(trainer.record())
         counts.append(_times_orthogonalised(trainer))
     trainer.optimizer.orthogonalized = None
     sample = expected.sample
     if run.until == STEPS and layout.precision == "fp32":
         sample = sample_text(trainer.model, trainer.dataset.tokenizer, config.generate, "cpu")
-    trainer.saver.save()
+    trainer.save()
     trainer.saver.wait()
     reached = newest_checkpoint(paths.checkpoints, world=world, say=print)
     assert reached is not None
@@ -222,7 +222,7 @@ def _ignores_a_bad_step(trainer: Trainer) -> bool:
     before, world = state(), trainer.world
     bad = float("nan") if world.rank == world.size - 1 else 1.0
     hook = trainer.model.layers[0].self_attn.o_proj.weight.register_hook(lambda grad: grad * bad)
-    applied = trainer.step()["applied"]
+    applied = trainer.step()
     hook.remove()
     assert (trainer.clip.max_logits > trainer.clip.tau).any()  # there would have been something to clip
     unmoved = not applied and all(map(torch.equal, before, state())) and bool((trainer.clip.gamma == 1).all())

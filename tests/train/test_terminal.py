@@ -32,7 +32,7 @@ def record(step, **changes):
 
 
 def validation(step):
-    return {"step": step, "validation_loss": 3.3, "validation_bits_per_byte": 1.6}
+    return {"step": step, "validation_loss": 3.3, "validation_bits_per_byte": 1.6, "sets": {}, "whole": False}
 
 
 class Clock:
@@ -53,7 +53,7 @@ def test_plain_lines_come_at_the_first_the_last_and_every_nth_step():
     with terminal:
         for step in range(1, 26):
             clock.now += 2.0
-            terminal.step(record(step))
+            terminal.log(record(step))
     lines = stream.getvalue().splitlines()
     assert [re.match(r"step +(\d+)/25", line)[1] for line in lines] == ["1", "10", "20", "25"]
     assert "\x1b" not in stream.getvalue()
@@ -66,8 +66,8 @@ def test_plain_lines_come_at_the_first_the_last_and_every_nth_step():
 
 def test_a_resumed_run_begins_with_a_line():
     terminal, stream, _ = plain()
-    terminal.step(record(43))
-    terminal.step(record(44))
+    terminal.log(record(43))
+    terminal.log(record(44))
     assert [line.split("/")[0].split()[1] for line in stream.getvalue().splitlines()] == ["43"]
 
 
@@ -82,7 +82,7 @@ def test_validation_and_sentences_are_lines():
 
 def test_numbers_that_are_none_do_not_end_the_run():
     terminal, stream, _ = plain()
-    terminal.step(record(1, loss=float("nan"), bits_per_byte=None, grad_norm=float("inf"), max_logit=float("-inf")))
+    terminal.log(record(1, loss=float("nan"), bits_per_byte=None, grad_norm=float("inf"), max_logit=float("-inf")))
     assert "loss - | - bits/byte" in stream.getvalue()
     assert "grad norm - | max logit -" in stream.getvalue()
 
@@ -90,7 +90,7 @@ def test_numbers_that_are_none_do_not_end_the_run():
 def test_forced_colour_does_not_make_a_terminal_of_a_file(monkeypatch, tmp_path):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with open(tmp_path / "out", "w") as stream, Terminal(name="n", steps=2, log_every=1, stream=stream) as terminal:
-        terminal.step(record(1))
+        terminal.log(record(1))
     assert (tmp_path / "out").read_text().startswith("step 1/2 |")
 
 
@@ -98,7 +98,7 @@ def test_other_ranks_say_nothing():
     terminal, stream, _ = plain(enabled=False)
     with terminal:
         terminal.say("x")
-        terminal.step(record(1))
+        terminal.log(record(1))
         terminal.validation(validation(1))
     assert stream.getvalue() == ""
 
@@ -117,7 +117,7 @@ stream = quiet(Path(sys.argv[3]), rank=0, world_size=1).out
 with Terminal(name="quickstart", steps=1200, log_every=10, stream=stream, clock=clock) as terminal:
     for step in range(1, 41):
         clock.now += 0.05
-        terminal.step(record(step))
+        terminal.log(record(step))
         print("noise")
         if step == 20:
             terminal.say("a sentence")

@@ -38,10 +38,11 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def tracker(folder, mode, *, resumed=False, log_every=1):
+def tracker(folder, mode, *, resumed=False):
     said = []
-    config = TrackConfig(wandb=mode, project="p", log_every=log_every)
-    made = Tracker(config, {"lr": 1}, folder=folder, name="my run", resumed=resumed, say=said.append)
+    config = TrackConfig(wandb=mode, project="p", log_every=1)
+    made = Tracker(config, {"lr": 1}, folder=folder, name="my run", say=said.append)
+    made.open(resumed=resumed)
     return made, said
 
 
@@ -116,8 +117,9 @@ from pathlib import Path
 from k2train.config import TrackConfig
 from k2train.train.track import Tracker
 config = TrackConfig(wandb="off", project="p", log_every=1)
-t = Tracker(config, {}, folder=Path(sys.argv[1]), name="n", resumed=False, say=print)
-t.step({"step": 1, "tokens": 1, "loss": 1.0})
+t = Tracker(config, {}, folder=Path(sys.argv[1]), name="n", say=print)
+t.open(resumed=False)
+t.log({"step": 1, "tokens": 1, "loss": 1.0})
 t.finish()
 assert "wandb" not in sys.modules and "torch" not in sys.modules
 """
@@ -129,8 +131,8 @@ assert "wandb" not in sys.modules and "torch" not in sys.modules
 
 def test_offline_for_real_and_in_silence(folder, no_network, capfd):
     made, said = tracker(folder, "auto")
-    made.step(RECORD)
-    made.validation({"step": 1, "tokens": 4096, "validation_loss": 3.3, "validation_bits_per_byte": 1.6})
+    made.log(RECORD)
+    made.validation({"step": 1, "tokens": 4096, "validation_loss": 3.3, "validation_bits_per_byte": 1.6, "sets": {}})
     made.finish()
     assert said == [f"wandb: offline as there is no login, in {folder / 'wandb'}; nothing is uploaded"]
     (stored,) = (folder / "wandb").glob("offline-run-*/*.wandb")
@@ -155,22 +157,14 @@ def test_online(folder, fake, monkeypatch):
     assert (wandb.options["mode"], wandb.options["resume"]) == ("online", "allow")
     assert wandb.options["id"] == (folder / "wandb-id").read_text().strip()
     assert wandb.options["settings"].finish_timeout == track.FINISH_TIMEOUT
-    made.step(RECORD)
-    made.validation({"step": 1, "tokens": 4096, "validation_loss": 3.3})
+    made.log(RECORD)
+    made.validation({"step": 1, "tokens": 4096, "validation_loss": 3.3, "sets": {}})
     assert wandb.logged == [
         {"step": 1, "tokens": 4096, "train/loss": 3.2, "train/applied": True},
         {"step": 1, "tokens": 4096, "validation/loss": 3.3},
     ]
     made.finish(failed=True)
     assert wandb.finished == 1
-
-
-def test_steps_between_are_not_logged(folder, fake):
-    wandb = fake()
-    made, _ = tracker(folder, "offline", log_every=10)
-    for step in range(1, 31):
-        made.step(RECORD | {"step": step})
-    assert [values["step"] for values in wandb.logged] == [10, 20, 30]
 
 
 def test_online_without_a_login_does_not_ask_for_one(folder, fake):
@@ -190,7 +184,7 @@ def test_a_server_out_of_reach_means_offline(folder, fake, monkeypatch):
         f"wandb: offline, in {folder / 'wandb'}; nothing is uploaded",
     ]
     assert wandb.torn_down
-    made.step(RECORD)
+    made.log(RECORD)
     assert len(wandb.logged) == 1
 
 
@@ -199,7 +193,7 @@ def test_a_broken_wandb_is_said_once_and_ends_nothing(folder, fake, broken):
     fake(broken=(broken,))
     made, said = tracker(folder, "offline")
     for _ in range(3):
-        made.step(RECORD)
+        made.log(RECORD)
     made.finish()
     made.finish()
     failures = [text for text in said if "failed" in text]
@@ -211,7 +205,7 @@ def test_a_broken_wandb_is_said_once_and_ends_nothing(folder, fake, broken):
 def test_a_missing_wandb_ends_nothing(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     made, said = tracker(folder, "offline")
-    made.step(RECORD)
+    made.log(RECORD)
     made.finish()
     assert len(said) == 1
     assert "wandb failed" in said[0]

@@ -1,0 +1,80 @@
+"""What happens beside training: a hook is told of every step, record, validation and checkpoint, and may keep a state.
+
+The terminal, metrics.jsonl, the tracker, samples and the profiler are hooks; a person's own are named in
+``train.hooks`` by the dotted path of their class, which is constructed without arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from k2train.config import ConfigError
+
+if TYPE_CHECKING:
+    from k2train.train.phases import Step
+    from k2train.train.trainer import Trainer
+
+
+class Hook:
+    """Does nothing; a subclass overrides what it needs.
+
+    Every rank has one of its own, and every method is called on all ranks at the same place, so that collectives may be
+    used. A hook must leave the training alone: what it draws from torch's random numbers is not reproduced on resume.
+    """
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the first step of this start, when a resumed run is where it was."""
+
+    def before_step(self, step: Step) -> None:
+        """Before a step; ``step.number`` counts from 0."""
+
+    def after_step(self, step: Step, *, applied: bool) -> None:
+        """After it; ``applied`` is False if it was not finite and changed nothing."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """The metrics of the steps since the last record, as in metrics.jsonl; every ``track.log_every`` steps."""
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """The loss on held-out text, as in metrics.jsonl."""
+
+    def saved(self, step: int) -> None:
+        """The state after so many steps has been taken for a checkpoint, which is published in a moment."""
+
+    def finish(self, *, failed: bool) -> None:
+        """After the last step of this start, or the exception that ended it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next start of the run needs, fit for JSON; that of rank 0 goes into the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave, before ``start``, on every rank."""
+
+
+def own_hooks(paths: Sequence[str]) -> list[Hook]:
+    """The hooks that ``train.hooks`` names, constructed.
+
+    Raises:
+        ConfigError: a path leads nowhere, or to something that is no hook.
+    """
+    return [_load(path)() for path in paths]
+
+
+def hook_name(hook: Hook) -> str:
+    """Under which a checkpoint keeps its state."""
+    return f"{type(hook).__module__}.{type(hook).__qualname__}"
+
+
+def _load(path: str) -> type[Hook]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            [f"train.hooks names {path}, which cannot be imported ({error}): give module.Class, with PYTHONPATH set"]
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Hook)):
+        raise ConfigError([f"train.hooks names {path}, which is no subclass of k2train.train.hooks.Hook"])
+    return found

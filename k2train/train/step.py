@@ -1,0 +1,173 @@
+"""One optimizer step: micro-batches forward and backward, the decision, the update, the routers' biases.
+
+Shapes: B sequences of a micro-batch, T tokens, L layers, H heads, E experts.
+
+The loss is the mean over all tokens of the global batch that are to be predicted, wherever they lie: each rank sums the
+loss of its tokens and divides by the global number, so that neither micro-batches nor processes have a weight of their
+own. A step with a NaN or an infinity anywhere (a loss, a largest logit, a gradient, on one rank alone) is applied on no
+rank and leaves no trace in weights, momenta, moments, router biases or the clip's state. What moves on is the step's
+number, and with it the data and the learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from muonclip import MuonClip, QKClip
+from torch import Tensor
+
+from k2train.comm import World, sum_across
+from k2train.data.reader import Batch
+from k2train.model import Transformer, update_bias
+from k2train.train.metrics import Meter
+from k2train.train.phases import Step
+
+
+class Stepper:
+    """Takes the steps of a plan; every rank has one and calls it for the same steps."""
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        model: Transformer,
+        optimizer: MuonClip,
+        clip: QKClip,
+        *,
+        samples: Callable[[range], Batch],
+        meter: Meter,
+        world: World,
+        say: Callable[[str], None],
+    ) -> None:
+        """Joins what a step needs.
+
+        Args:
+            engine: DeepSpeed's, around model and optimizer.
+            model: what is trained.
+            optimizer: its parameter groups have ``peak_lr``.
+            clip: gathers the largest logits, also where nothing is clipped.
+            samples: gives those of a range of numbers: tokens, labels, and where documents begin if that matters.
+            meter: is told what happened.
+            world: the run's processes.
+            say: tells the person a sentence.
+        """
+        self.engine, self.model, self.optimizer, self.clip = engine, model, optimizer, clip
+        self._samples, self._meter = samples, meter
+        self._world, self._say = world, say
+        self._rate = model.config.router_bias_rate
+        self._attention = [layer for _, layer in model.attention_layers()]
+        self._gates = [moe.gate for _, moe in model.moe_layers()]
+        self._shape: tuple[int, int, int] | None = None  # of the last step: phase, samples, sequences of a micro-batch
+
+    def take(self, step: Step) -> bool:
+        """Takes the step; returns whether it was applied."""
+        begin = time.perf_counter()
+        self._prepare(step)
+        batches = self._micro_batches(step)
+        nats, targets, balance, healthy = self._gradients(batches)
+        self.clip.gather()
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied())  # the host knows: DeepSpeed has waited for its own check
+        imbalance = self._balance(applied=applied)
+        fallbacks = torch.stack([layer.max_logit_fallbacks for layer in self._attention]).sum()
+        self.clip.reset()
+        if applied:
+            clipped = (self.clip.gamma < 1).sum()
+            first = self._world.main  # whose sums also hold what all ranks know
+            self._meter.add(
+                sums={
+                    "nats": nats,
+                    "targets": targets,
+                    "balance_loss": balance,
+                    "max_logit_fallbacks": fallbacks,
+                    "clipped_steps": (clipped > 0) * first,
+                },
+                largest={
+                    "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm()),
+                    "max_logit": self.clip.max_logits.max(),
+                    "clipped_heads": clipped,
+                    "balance_max": imbalance,
+                },
+            )
+        else:
+            self._explain(step, nats, healthy)
+        self._meter.count(applied=applied, tokens=step.tokens, seconds=time.perf_counter() - begin)
+        return applied
+
+    def _prepare(self, step: Step) -> None:
+        """Learning rate, size and positions of the step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * step.lr_ratio
+        phase = step.phase
+        if (shape := (phase.index, step.samples, phase.micro_batch_size)) == self._shape:
+            return
+        self._shape = shape
+        self.model.set_rope_scaling(phase.rope_scaling)
+        self.engine.set_train_micro_batch_size(phase.micro_batch_size)
+        self.engine.set_train_batch_size(step.samples)
+        # DeepSpeed finds a step's last micro-batch by the remainder of this count.
+        self.engine.micro_steps = 0
+        if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):  # decides what offloading keeps
+            self.engine.optimizer.gradient_accumulation_steps = self.engine.gradient_accumulation_steps()
+
+    def _micro_batches(self, step: Step) -> list[Batch]:
+        """This rank's share of the step."""
+        size, world = step.phase.micro_batch_size, self._world
+        starts = range(step.first_sample + world.rank * size, step.first_sample + step.samples, world.size * size)
+        return [self._samples(range(start, start + size)) for start in starts]
+
+    def _gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Forward and backward; this rank's nats, targets and share of the balance loss, and whether all was finite."""
+        device, world = self._world.device, self._world
+        targets = torch.tensor(sum(int((labels >= 0).sum()) for _, labels, _ in batches), device=device)
+        everywhere = targets.clone()
+        dist.all_reduce(everywhere)
+        weight = world.size / everywhere.clamp(min=1)  # DeepSpeed takes the mean over ranks
+        nats, balance = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        healthy = torch.ones((), dtype=torch.bool, device=device)
+        self.model.train()
+        for number, (tokens_BT, labels_BT, starts_BT) in enumerate(batches):
+            starts = None if starts_BT is None else starts_BT.to(device)
+            loss_BT, part = self.engine(tokens_BT.to(device), labels_BT.to(device), starts)
+            loss = loss_BT.sum() * weight + part / len(batches)
+            largest = torch.cat([layer.max_logits for layer in self._attention]).amax()
+            healthy &= torch.isfinite(loss.detach()) & (largest < math.inf)  # false for a NaN too
+            # Gradients may be finite where the loss is not. DeepSpeed looks at gradients: so they are made to tell.
+            self.engine.backward(loss * torch.where(healthy, 1.0, math.nan), scale_wrt_gas=False)
+            nats += loss_BT.detach().sum(dtype=torch.float64)
+            balance += part.detach() / (len(batches) * world.size)
+            if number + 1 < len(batches):
+                self.engine.step()  # DeepSpeed counts micro-batches by it; the update comes with the last one
+        return nats, targets, balance, healthy
+
+    def _balance(self, *, applied: bool) -> Tensor:
+        """Moves each router's selection bias by the global loads; returns the largest load over the mean one.
+
+        DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). A step that was not applied moves nothing.
+        """
+        if not self._gates:
+            return torch.ones((), device=self._world.device)
+        loads_LE = torch.stack([gate.loads for gate in self._gates])
+        dist.all_reduce(loads_LE)
+        for gate, loads_E in zip(self._gates, loads_LE, strict=True):
+            if applied:
+                bias = gate.e_score_correction_bias
+                bias.copy_(update_bias(bias, loads_E, rate=self._rate))
+            gate.loads.zero_()
+        wide_LE = loads_LE.double()
+        return (wide_LE.amax(1) / wide_LE.mean(1)).max()
+
+    def _explain(self, step: Step, nats: Tensor, healthy: Tensor) -> None:
+        """Why nothing was updated; called by all ranks, in the rare step of which that is true."""
+        bad_loss, unhealthy = sum_across([~torch.isfinite(nats), ~healthy], device=self._world.device)
+        heads = int(self.clip.invalid.sum())
+        what = "the gradient"
+        if bad_loss:
+            what = "the loss"
+        elif unhealthy and heads:
+            what = f"the largest logit of {heads} heads"
+        self._say(f"step {step.number + 1}: {what} is not finite, so nothing was updated")
