@@ -83,6 +83,7 @@ def uneven(samples: Callable[[Phase, range], Batch]) -> Callable[[Phase, range],
 
     def masked(phase: Phase, numbers: range) -> Batch:
         tokens, labels, starts = samples(phase, numbers)
+        labels = labels.clone()  # a single row shares its memory with the tokens
         for row, number in enumerate(numbers):
             labels[row, : labels.shape[1] * (number * 5 % 9) // 8] = -100
         return tokens, labels, starts
