@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from k2train.checkpoint import newest_checkpoint
 from k2train.comm import close_world, open_world
 from k2train.config import RunConfig, ScheduleConfig, parse
-from k2train.data import TrainStream, open_dataset
-from k2train.data.stream import Batch
+from k2train.data import DataPhase, TrainStream, open_dataset
+from k2train.data.reader import Batch
 from k2train.model import build_model, update_bias
 from k2train.paths import RunPaths
 from k2train.train.engine import build_clip, build_optimizer
-from k2train.train.phases import Phase, build_plan
-from k2train.train.quiet import without_shm_comm
+from k2train.train.phases import build_plan
+from k2train.train.quiet import import_deepspeed
 from k2train.train.trainer import Trainer
 from tests.distributed.plain import Layout, config_of, prepared
 
@@ -78,11 +78,11 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-def uneven(samples: Callable[[Phase, range], Batch]) -> Callable[[Phase, range], Batch]:
+def uneven(samples: Callable[[range], Batch]) -> Callable[[range], Batch]:
     """Takes labels away, so that samples have from none of them to all."""
 
-    def masked(phase: Phase, numbers: range) -> Batch:
-        tokens, labels, starts = samples(phase, numbers)
+    def masked(numbers: range) -> Batch:
+        tokens, labels, starts = samples(numbers)
         labels = labels.clone()  # a single row shares its memory with the tokens
         for row, number in enumerate(numbers):
             labels[row, : labels.shape[1] * (number * 5 % 9) // 8] = -100
@@ -99,13 +99,12 @@ def plain(case: Case, folder: Path) -> Outcome:
     clip = build_clip(config.optim, model)
     optimizer = build_optimizer(config.optim, model, clip, expert_group="", device=torch.device("cpu"))
 
-    def samples(phase: Phase, numbers: range) -> Batch:
-        return TrainStream(dataset, sequence_length=phase.sequence_length, seed=config.seed).batch(numbers)
-
+    phases = [DataPhase(phase.samples, phase.sequence_length) for phase in plan.phases]
+    samples = TrainStream(dataset, phases, seed=config.seed).batch
     losses, norms = [], []
     for step in map(plan.step, range(plan.steps)):
         numbers = range(step.first_sample, step.first_sample + step.samples)
-        tokens, labels, starts = (uneven(samples) if case.schedule == "uneven" else samples)(step.phase, numbers)
+        tokens, labels, starts = (uneven(samples) if case.schedule == "uneven" else samples)(numbers)
         model.set_rope_scaling(step.phase.rope_scaling)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * step.lr_ratio
@@ -251,7 +250,7 @@ def _work(rank: int, port: int, size: int, cases: Sequence[Case], layouts: Seque
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    without_shm_comm()
+    import_deepspeed("cpu")
     open_world("cpu")
     results: dict[str, Any] = {}
     for number, case in enumerate(cases):
