@@ -35,28 +35,29 @@ def main(words: Sequence[str]) -> int:
 
 
 def _trace(arguments: argparse.Namespace) -> None:
-    from k2train.data import DataError, DataPhase, build_stream, open_dataset, prepare
+    from k2train.data import DataError, build_stream, open_dataset, prepare
     from k2train.data.trace import describe_trace
     from k2train.generate import printable
+    from k2train.train.phases import build_plan
 
     paths = RunPaths(arguments.run)
     if not paths.config.is_file():
         raise DataError(f"{arguments.run} is no run: it has no {paths.config.name}; give the folder of one")
     config = parse(RunConfig, json.loads(paths.config.read_text(encoding="utf-8")))
-    if not 1 <= arguments.step <= config.steps:
-        raise DataError(f"--step {arguments.step}: the run {config.name} has the steps 1 to {config.steps}")
-    size = config.train.global_batch_size
-    numbers = list(range((arguments.step - 1) * size, arguments.step * size))
+    plan = build_plan(config)
+    if not 1 <= arguments.step <= plan.steps:
+        raise DataError(f"--step {arguments.step}: the run {config.name} has the steps 1 to {plan.steps}")
+    step = plan.step(arguments.step - 1)
+    numbers = list(range(step.first_sample, step.first_sample + step.samples))
     if arguments.rank is not None:
         processes = arguments.processes or _processes(paths)
         if not 0 <= arguments.rank < processes:
             raise DataError(f"--rank {arguments.rank}: the run had {processes} processes, 0 to {processes - 1}")
-        micro = config.train.micro_batch_size
+        micro = step.phase.micro_batch_size
         numbers = [n for n in numbers if (n - numbers[0]) // micro % processes == arguments.rank]
     manifest = prepare(config.data, cache=cache_dir(config.data.cache_dir), progress=lambda *_: None)
     dataset = open_dataset(manifest)
-    phase = DataPhase(config.steps * size, config.train.sequence_length)
-    stream = build_stream(dataset, config.data, [phase], seed=config.seed, boundaries=False)
+    stream = build_stream(dataset, config.data, plan.data_phases(), seed=config.seed, boundaries=False)
     for number in numbers:
         for heading, text in describe_trace(stream.trace(number), dataset.tokenizer):
             print(heading if not text else f"--- {heading}\n{printable(text)}")

@@ -33,7 +33,7 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     manifest, state = checkpoint.manifest, checkpoint.manifest.state
     config, machine, progress = parse(RunConfig, state["config"]), state["machine"], state["progress"]
     masters = [t for name, t in manifest.tensors.items() if name.endswith("/master")]
-    tokens = manifest.step * config.train.global_batch_size * config.train.sequence_length
+    tokens = build_plan(config).tokens_before(manifest.step)
     yield "checkpoint", str(checkpoint.folder)
     yield "size", f"{memory(checkpoint.size)} in {len(manifest.files)} files"
     yield "run", config.name

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from k2train.config import ConfigError, PhaseConfig, RopeScalingConfig, RunConfig
+from k2train.data.stretches import DataPhase
 from k2train.train.schedule import Decay, warmup
 from k2train.units import count
 
@@ -117,6 +118,10 @@ class Plan:
         """Seen when so many steps are done."""
         last = self.phases[-1]
         return self.step(number).first_sample if number < self.steps else last.first_sample + last.samples
+
+    def data_phases(self) -> list[DataPhase]:
+        """What the training stream reads."""
+        return [DataPhase(p.samples, p.sequence_length, p.weights, p.final_weights) for p in self.phases]
 
     def table(self, *, lr: float) -> list[str]:
         """Lines of text that show the phases.

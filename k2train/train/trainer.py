@@ -15,7 +15,7 @@ from muonclip.orthogonalize import cpu_multiplies_bfloat16
 
 from k2train.comm import World
 from k2train.config import RunConfig
-from k2train.data import DataPhase, Tokenizer, build_stream, open_dataset
+from k2train.data import Tokenizer, build_stream, open_dataset
 from k2train.model import build_model, materialise
 from k2train.paths import RunPaths, atomic_write
 from k2train.train import zero
@@ -114,9 +114,8 @@ class Trainer:
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
             atomic_write(paths.tokenizer, definition.read_bytes())
-        phases = [DataPhase(p.samples, p.sequence_length, p.weights, p.final_weights) for p in self.plan.phases]
         self.stream = build_stream(
-            self.dataset, config.data, phases, seed=config.seed, boundaries=config.train.document_mask
+            self.dataset, config.data, self.plan.data_phases(), seed=config.seed, boundaries=config.train.document_mask
         )
         for note in self.stream.notes:
             say(note)

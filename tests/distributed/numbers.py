@@ -133,9 +133,10 @@ def train(case: Case, folder: Path, name: str) -> dict[str, float]:
         assert trainer.step()
         records.append(trainer.record())
     trainer.save()
+    trainer.saver.wait()
     checkpoint = newest_checkpoint(trainer.paths.checkpoints, world=trainer.world, say=print)
     assert checkpoint is not None
-    reader = checkpoint.reader()
+    reader = checkpoint.reader
     apart = {n: (reader.read(n, "master") - w).abs().max() for n, w in expected["weights"].items()}
     found = {
         "loss": max(abs(r["loss"] - x) for r, x in zip(records, expected["losses"], strict=True)),

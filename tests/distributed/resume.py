@@ -156,11 +156,13 @@ def carry_out(job: Job, folder: Path, world: World) -> None:
     assert trainer.progress.step == (0 if job.source is None else SAVED)
     while trainer.progress.step < SAVED:
         trainer.step()
-    trainer.saver.save()
+    trainer.record()
+    trainer.save()
     records = []
     for _ in range(MORE):
         trainer.saver.check()
-        records.append(trainer.step())
+        applied = trainer.step()
+        records.append(trainer.record() | {"applied": applied})
     trainer.saver.save()
     trainer.saver.wait()
     if world.main:

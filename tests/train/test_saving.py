@@ -41,7 +41,7 @@ def begin(config: RunConfig) -> tuple[Trainer, list[str]]:
 
 
 def train(trainer: Trainer, steps: int, *, save: bool = True) -> list[float]:
-    losses = [trainer.step()["loss"] for _ in range(steps)]
+    losses = [trainer.record()["loss"] for _ in range(steps) if trainer.step()]
     if save:
         trainer.saver.save()
         trainer.saver.wait()
