@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from k2train.config import ConfigError, PhaseConfig, RopeScalingConfig, RunConfig
-from k2train.data.stretches import DataPhase
+from k2train.data.phases import DataPhase
 from k2train.train.schedule import Decay, warmup
 from k2train.units import count
 

@@ -10,16 +10,17 @@ from k2train.cli.compose import compose
 from k2train.cli.train import _finished
 from k2train.config import ConfigError, RunConfig, parse
 from k2train.paths import RunPaths
+from k2train.train.phases import build_plan
 
 
 def test_a_run_is_finished_until_more_steps_are_asked_for(tmp_path, monkeypatch):
     config, paths = parse(RunConfig, compose(TRAIN, ["experiment=tiny"])), RunPaths(tmp_path)
     assert _finished(config, paths) is None
     paths.summary.write_text("{}")
-    summary = SimpleNamespace(steps=config.steps)
+    summary = SimpleNamespace(steps=build_plan(config).steps)
     monkeypatch.setattr("k2train.report.Summary.from_json", lambda text: summary)
     assert _finished(config, paths) is summary
-    longer = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, steps=config.steps + 1))
+    longer = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, steps=summary.steps + 1))
     assert _finished(longer, paths) is None
 
 
