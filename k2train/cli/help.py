@@ -39,6 +39,10 @@ def general_help(*, installed: bool) -> str:
         "  k2train COMMAND --help   explains a command, its config groups and the overrides people need most",
         "  k2train --version        prints the version",
         "",
+        "Exit status: 0 done; 1 failed, and the message says why; 2 asked for wrongly; 75 stopped by SIGUSR1, start me",
+        "again; 124 nothing went on for too long; 128 + N stopped by signal N (130: Ctrl-C). What is saved then, and",
+        "what torchrun and SLURM make of it, is in docs/faults.md.",
+        "",
         "k2train is made for Linux, with or without NVIDIA GPUs. On macOS it is untested and uses the CPU alone; on",
         "Windows start it inside WSL 2. The optimizer (`from muonclip import MuonClip`) needs torch and no more.",
     ]

@@ -145,12 +145,11 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     hooks = [terminal, samples, Profiler(config.profile.steps, paths.profile), *own]
     if world.main:
         tracker = Tracker(config.track, to_dict(config), folder=paths.root, name=config.name, say=terminal.say)
-        hooks += [MetricsFile(paths.metrics), tracker]
+        hooks += [MetricsFile(paths.metrics, say=terminal.say), tracker]
     trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say, hooks=hooks)
-    with terminal:
-        result = trainer.train()
-    if result is not None:
-        _report(trainer, result, streams)
+    with terminal, signals.deferred():
+        result = trainer.train(received=lambda: signals.received)
+    _report(trainer, result, streams)
     close_world()
 
 
@@ -186,12 +185,14 @@ def _report(trainer: Trainer, result: HeldOutLoss, streams: Quiet) -> None:
     from k2train.report import Summary, draw_curves, summary_table
 
     config, paths, progress = trainer.config, trainer.paths, trainer.progress
+    beat("writing a sample")
     try:
         text = sample_text(trainer.model, trainer.dataset.tokenizer, config.generate, trainer.world.device)
     except ValueError as error:  # a model that has diverged has a result, but nothing to say
         text = f"no sample: {error}"
     if not trainer.world.main:
         return
+    beat("writing the report", limited=False)
     atomic_write(paths.sample, text + "\n")
     compression = compressed_sizes(trainer.dataset.documents("held_out"))
     draw_curves(

@@ -199,6 +199,7 @@ class FaultsConfig:
     """How long a run waits before it gives up."""
 
     hang_after: float = rule(above=0)  # seconds in which nothing goes on: stacks to logs/, and the process ends
+    save_within: float = rule(at_least=0)  # seconds that the last save is tried for, as on a full disk
 
 
 @dataclass(frozen=True, kw_only=True)

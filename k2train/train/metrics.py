@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,16 @@ from torch import Tensor
 
 from k2train.paths import atomic_write
 from k2train.train.hooks import Hook
+from k2train.train.lines import Lines
 from k2train.train.state import Progress
 
 if TYPE_CHECKING:
     from k2train.train.trainer import Trainer
 
 SUMS = ("nats", "targets", "balance_loss", "max_logit_fallbacks", "clipped_steps")
+# Sums are of multiples of these, which float64 adds exactly: a save between two records, which only a run that is
+# stopped makes, changes the order of the additions, and must not change the last bit.
+GRAINS = (2.0**-20, 1.0, 2.0**-40, 1.0, 1.0)
 LARGEST = ("grad_norm", "max_logit", "clipped_heads", "balance_max")
 COUNTS = ("steps", "skipped_steps", "tokens", "seconds")
 
@@ -44,6 +48,7 @@ class Meter:
             device: of the sums.
         """
         self._progress, self._device = progress, device
+        self._grains = torch.tensor(GRAINS, dtype=torch.float64, device=device)
         self._sums, self._largest = self._empty()
         self.totals, self.last_seconds = _nothing(), 0.0
 
@@ -54,7 +59,8 @@ class Meter:
             sums: 0-d tensors of SUMS, this rank's part.
             largest: 0-d tensors of LARGEST, the same on all ranks.
         """
-        self._sums += torch.stack([sums[name].detach().double() for name in SUMS])
+        added = torch.stack([sums[name].detach().to(self._device, torch.float64) for name in SUMS])
+        self._sums += torch.round(added / self._grains) * self._grains
         step = torch.stack([largest[name].detach().to(self._device, torch.float64) for name in LARGEST])
         self._largest = torch.maximum(self._largest, step)
 
@@ -101,20 +107,19 @@ def _nothing() -> dict[str, float]:
 
 
 class MetricsFile(Hook):
-    """Appends records to a file; each line is on its way to disk when ``write`` returns."""
+    """Appends records to a file, whatever its disk does meanwhile; see ``Lines``."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: TextIO | None = None
+    def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        self._lines: Lines | None = None
 
     def start(self, trainer: Trainer) -> None:
         """See ``open``."""
         self.open(resume_at=trainer.progress.step)
 
     def open(self, *, resume_at: int) -> None:
-        """Opens the file; see ``keep_records``."""
-        keep_records(self._path, until=resume_at)
-        self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+        """Opens the file, keeping the records of steps up to ``resume_at``."""
+        self._lines = Lines(self._path, keep=lambda record: record["step"] <= resume_at, say=self._say)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record."""
@@ -126,13 +131,13 @@ class MetricsFile(Hook):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; numbers that are not finite become null, which JSON has no word for."""
-        assert self._file is not None, "open it first"
-        self._file.write(json.dumps(_plain(record)) + "\n")
+        assert self._lines is not None, "open it first"
+        self._lines.write(_plain(record))
 
     def finish(self, *, failed: bool) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 def keep_records(path: Path, *, until: int) -> None:

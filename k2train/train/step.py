@@ -26,6 +26,7 @@ from k2train.data.reader import Batch
 from k2train.model import Transformer, update_bias
 from k2train.train.metrics import Meter
 from k2train.train.phases import Step
+from k2train.train.watchdog import beat
 
 
 class Stepper:
@@ -63,12 +64,19 @@ class Stepper:
         self._gates = [moe.gate for _, moe in model.moe_layers()]
         self._shape: tuple[int, int, int] | None = None  # of the last step: phase, samples, sequences of a micro-batch
 
-    def take(self, step: Step) -> bool:
-        """Takes the step; returns whether it was applied."""
+    def take(self, step: Step, *, before_update: Callable[[], None]) -> bool:
+        """Takes the step; returns whether it was applied.
+
+        Args:
+            step: of the plan.
+            before_update: is called when the gradients are there.
+        """
         begin = time.perf_counter()
         self._prepare(step)
         batches = self._micro_batches(step)
-        nats, targets, balance, healthy = self._gradients(batches)
+        nats, targets, balance, healthy = self._gradients(batches, step.number)
+        before_update()
+        beat(f"step {step.number + 1}: update")
         self.clip.gather()
         self.engine.step()
         applied = bool(self.engine.was_step_applied())  # the host knows: DeepSpeed has waited for its own check
@@ -120,7 +128,7 @@ class Stepper:
         starts = range(step.first_sample + world.rank * size, step.first_sample + step.samples, world.size * size)
         return [self._samples(range(start, start + size)) for start in starts]
 
-    def _gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _gradients(self, batches: Sequence[Batch], index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Forward and backward; this rank's nats, targets and share of the balance loss, and whether all was finite."""
         device, world = self._world.device, self._world
         targets = torch.tensor(sum(int((labels >= 0).sum()) for _, labels, _ in batches), device=device)
@@ -131,6 +139,7 @@ class Stepper:
         healthy = torch.ones((), dtype=torch.bool, device=device)
         self.model.train()
         for number, (tokens_BT, labels_BT, starts_BT) in enumerate(batches):
+            beat(f"step {index + 1}: forward and backward")
             starts = None if starts_BT is None else starts_BT.to(device)
             loss_BT, part = self.engine(tokens_BT.to(device), labels_BT.to(device), starts)
             loss = loss_BT.sum() * weight + part / len(batches)

@@ -73,7 +73,6 @@ class Trainer:
         """
         self.config, self.world, self.paths, self.say = config, world, paths, say
         self.plan, self.hooks = build_plan(config), hooks
-        self.stop_after_step = False  # set, on all ranks alike, to save and leave the loop
         if config.train.deterministic:
             make_deterministic()
         self.threads = _set_threads(config.train.threads, world)
@@ -159,13 +158,13 @@ class Trainer:
 
     # ---- what the loop does
 
-    def train(self) -> HeldOutLoss | None:
+    def train(self, *, received: Callable[[], int] = lambda: 0) -> HeldOutLoss:
         """Runs all steps that are left; see ``run_loop``."""
-        return run_loop(self, self.hooks)
+        return run_loop(self, self.hooks, received=received)
 
-    def step(self) -> bool:
+    def step(self, *, before_update: Callable[[], None] = lambda: None) -> bool:
         """Takes the next step of the plan; returns whether it was applied."""
-        applied = self._stepper.take(self.plan.step(self.progress.step))
+        applied = self._stepper.take(self.plan.step(self.progress.step), before_update=before_update)
         if self.compiled:
             self.compiled.check()
         self.progress.step += 1

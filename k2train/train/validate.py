@@ -10,6 +10,7 @@ import torch
 
 from k2train.comm import World, sum_across
 from k2train.model import Transformer
+from k2train.train.watchdog import beat
 
 Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, labels and starts, (T,) each
 
@@ -70,6 +71,7 @@ def held_out_loss(
     model.eval()
     with torch.no_grad():  # not inference_mode: what stage 3 gathers in it could not be trained with afterwards
         for start in range(0, len(windows), batch_size * world.size):
+            beat(f"validation: window {start} of {len(windows)}")
             first = start + world.rank * batch_size
             batch = [_window(windows, number) for number in range(first, first + batch_size)]
             tokens_BT, labels_BT, starts_BT = (torch.stack(tensors) for tensors in zip(*batch, strict=True))

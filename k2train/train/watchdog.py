@@ -27,10 +27,15 @@ LONGEST = 3.0  # ticks that a gap counts for at most
 _current: Watchdog | None = None  # there is one process to watch, and one to watch it
 
 
-def beat(phase: str) -> None:
-    """There was progress; ``phase`` is what the process does from now on. Of no effect where nothing watches."""
+def beat(phase: str, *, limited: bool = True) -> None:
+    """There was progress; ``phase`` is what the process does from now on. Of no effect where nothing watches.
+
+    Args:
+        phase: for the message: "step 12: update".
+        limited: False for what takes as long as it takes, and for which no other rank waits.
+    """
     if _current is not None:
-        _current.beat(phase)
+        _current.beat(phase, limited=limited)
 
 
 class Watchdog:
@@ -54,12 +59,12 @@ class Watchdog:
         """
         self.limit = limit
         self._stacks, self._hung, self._clock = stacks, hung, clock
-        self._beat: tuple[str] = ("starting",)
+        self._beat: tuple[str, bool] = ("starting", True)
         self._done = threading.Event()
 
-    def beat(self, phase: str) -> None:
+    def beat(self, phase: str, *, limited: bool = True) -> None:
         """See the function of this name."""
-        self._beat = (phase,)  # a new object each time: that it is another one is what the thread looks for
+        self._beat = (phase, limited)  # a new object each time: that it is another one is what the thread looks for
 
     def __enter__(self) -> Watchdog:
         global _current
@@ -81,7 +86,7 @@ class Watchdog:
         seen, still, before = self._beat, 0.0, self._clock()
         while not self._done.wait(tick):
             now = self._clock()
-            still = 0.0 if self._beat is not seen else still + min(now - before, LONGEST * tick)
+            still = still + min(now - before, LONGEST * tick) if self._beat is seen and seen[1] else 0.0
             seen, before = self._beat, now
             if still >= self.limit:
                 self._hung(f"nothing went on for {duration(still)} in {seen[0]}; {self._dump(seen[0])}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from k2train.train.watchdog import Watchdog
+from k2train.train.watchdog import Watchdog, beat
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,9 +19,10 @@ def watch(tmp_path, *, limit=0.3, **options):
 
 def test_who_goes_on_is_left_alone(tmp_path):
     watchdog, told = watch(tmp_path)
+    beat("nobody watches")
     with watchdog:
         for step in range(20):
-            watchdog.beat(f"step {step}")
+            beat(f"step {step}")
             time.sleep(0.05)
     assert not told
     assert not (tmp_path / "rank-0.stacks").exists()
@@ -33,6 +34,14 @@ def test_the_same_phase_again_is_progress(tmp_path):
         for _ in range(20):
             watchdog.beat("a batch of the validation")
             time.sleep(0.05)
+    assert not told
+
+
+def test_what_has_no_limit_takes_as_long_as_it_takes(tmp_path):
+    watchdog, told = watch(tmp_path)
+    with watchdog:
+        watchdog.beat("the report", limited=False)
+        time.sleep(1)
     assert not told
 
 
