@@ -172,6 +172,29 @@ def test_killed_at_twenty_random_points_it_comes_to_the_same(tmp_path, workers):
     assert content(manifest) == expected
 
 
+def peak_memory(folder: Path, config: DataConfig) -> int:
+    """Bytes of a process that prepares; getrusage would count what the process that starts it holds."""
+    script = folder / "script.py"
+    script.write_text(f"{PREPARE}    print(Path('/proc/self/status').read_text())\n")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'optim'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), json.dumps(to_dict(config)), str(folder / "cache")]
+    status = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    peaks = []
+    write_folder(tmp_path / "code", files=10, words=100)
+    for rows in (2_000, 40_000):
+        write_lines(tmp_path / "web" / "a.jsonl", rows=rows, words=400)  # 5 and 100 MB
+        settings = to_dict(two_sources(tmp_path, shard_bytes=1_000_000))
+        settings["tokenizer"]["kind"] = "bytes"
+        peaks.append(peak_memory(tmp_path, parse(DataConfig, settings)))
+    assert (tmp_path / "web" / "a.jsonl").stat().st_size > 80_000_000
+    assert peaks[1] - peaks[0] < 30_000_000
+
+
 def test_ids_from_elsewhere_are_taken_as_they_are_and_another_tokenizer_is_refused(tmp_path):
     write_folder(tmp_path / "code", files=30, words=30)
     write_lines(tmp_path / "web" / "a.jsonl", rows=30, words=30)

@@ -60,11 +60,13 @@ def lanes_of(pieces: Mapping[str, Iterable[Piece]], *, size: int) -> Iterator[La
     number = 0
     for source, found in pieces.items():
         held: list[Piece] = []
+        total = 0
         for piece in found:
-            if held and sum(one.size for one in held) + piece.size > size:
+            if held and total + piece.size > size:
                 yield Lane(source, number, tuple(held))
-                held, number = [], number + 1
+                held, total, number = [], 0, number + 1
             held.append(piece)
+            total += piece.size
         if held:
             yield Lane(source, number, tuple(held))
             number += 1
