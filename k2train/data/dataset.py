@@ -76,7 +76,12 @@ class TokenStream:
     def read_into(self, result: NDArray[np.int64], start: int) -> None:
         """``read``, as many tokens as ``result`` has room for, into it."""
         stop = start + len(result)
-        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        assert 0 <= start <= stop <= self.starts[-1], (start, stop, len(self))
+        index = bisect.bisect_right(self.starts, start) - 1
+        if index < len(self.shards) and stop <= self.starts[index + 1]:  # within a shard, as nearly always
+            offset = self.starts[index]
+            result[:] = self.shards[index].read(start - offset, stop - offset)
+            return
         for index, first, last in self._pieces(start, stop):
             offset = self.starts[index]
             result[first + offset - start : last + offset - start] = self.shards[index].read(first, last)

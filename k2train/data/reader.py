@@ -91,6 +91,8 @@ class Shards(Sequence["OpenShard"]):
 
     def __getitem__(self, index: Any) -> Any:
         """A shard, or a list of them for a slice."""
+        if isinstance(index, int) and (made := self._made.get(index)) is not None:
+            return made
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
@@ -125,8 +127,8 @@ class OpenShard:
 
     def read(self, first: int, last: int) -> NDArray[Any]:
         """The tokens ``first`` to ``last``, as a view of the mapped file."""
-        tokens, offset = self._tokens
-        self._check(offset + first * tokens.itemsize, offset + last * tokens.itemsize)
+        tokens, offset, size = self._tokens
+        self._check(offset + first * size, offset + last * size)
         return tokens[first:last]
 
     @cached_property
@@ -180,9 +182,10 @@ class OpenShard:
         return parse_header(data)
 
     @cached_property
-    def _tokens(self) -> tuple[NDArray[Any], int]:
-        """All tokens, unchecked, and at which byte they begin."""
-        return self._view("tokens")
+    def _tokens(self) -> tuple[NDArray[Any], int, int]:
+        """All tokens, unchecked, at which byte they begin, and the bytes of each."""
+        tokens, offset = self._view("tokens")
+        return tokens, offset, tokens.itemsize
 
     def _whole(self, name: str) -> NDArray[Any]:
         array, offset = self._view(name)

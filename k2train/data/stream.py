@@ -90,13 +90,13 @@ class _Phase:
         """Of a sample of the stream its source, its number in that source, and the window of the source."""
         block, place = divmod(number - self.plan.first_sample, BLOCK)
         sources, numbers, windows = self.block(block)
-        return int(sources[place]), int(numbers[place]), int(windows[place])
+        return sources[place], numbers[place], windows[place]
 
     def count(self, number: int) -> tuple[int, ...]:
         """(S,) samples of each source before a sample of the stream; none before the phase begins."""
         return self.mixture.counts(max(0, min(number - self.plan.first_sample, self.plan.samples)))
 
-    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def _block(self, block: int) -> tuple[list[int], list[int], list[int]]:
         sources, turns = self.mixture.block(block)
         numbers, windows = np.empty_like(turns), np.empty_like(turns)
         for source, before in enumerate(self.mixture.quotas(block)):
@@ -104,7 +104,7 @@ class _Phase:
             if len(chosen):
                 numbers[chosen] = turns[chosen] + before + self.begins[source]
                 windows[chosen] = self.part(source).order.positions(numbers[chosen])
-        return sources, numbers, windows
+        return sources.tolist(), numbers.tolist(), windows.tolist()
 
     def part(self, source: int) -> _Part:
         """A source that has weight here, and so is read."""
