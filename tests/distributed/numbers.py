@@ -165,6 +165,10 @@ def no_trace(layout: Layout, folder: Path, name: str) -> dict[str, bool]:
 def _with_faults(layout: Layout, folder: Path, name: str) -> tuple[list[Tensor], dict[str, bool]]:
     trainer, found = _trainer(Case("long", layout), folder, name), {}
     assert trainer.step()
+    before, random = _state(trainer), torch.get_rng_state()
+    trainer.validate(whole=False)
+    same = all(map(torch.equal, before, _state(trainer))) and torch.equal(random, torch.get_rng_state())
+    found["validation"] = _everywhere(same and trainer.model.training)
     for kind in FAULTS:
         before = _state(trainer)
         with _faulty(trainer, kind):
@@ -224,7 +228,8 @@ def _faulty(trainer: Trainer, kind: str) -> Iterator[None]:
 
 def _state(trainer: Trainer) -> list[Tensor]:
     """All that decides the future on this rank."""
-    held = [trainer.clip.cumulative, *(moe.gate.e_score_correction_bias for _, moe in trainer.model.moe_layers())]
+    held = [trainer.clip.cumulative, *(layer.max_logits for _, layer in trainer.model.attention_layers())]
+    held += [b for _, moe in trainer.model.moe_layers() for b in (moe.gate.e_score_correction_bias, moe.gate.loads)]
     held += [getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]
     for flat, _ in trainer.optimizer.tensors():
         held += [flat, *trainer.optimizer.state[flat].values()]

@@ -1,0 +1,100 @@
+"""A person's own hooks, the best checkpoint, the meter, and what ``train.deterministic`` sets."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from k2train.config import ConfigError
+from k2train.train.best import Best
+from k2train.train.hooks import Hook, hook_name, own_hooks
+from k2train.train.metrics import LARGEST, SUMS, Meter
+from k2train.train.state import Progress
+
+
+class Mine(Hook):
+    pass
+
+
+class NoHook:
+    pass
+
+
+def test_hooks_are_named_by_dotted_path():
+    name = f"{__name__}.Mine"
+    (hook,) = own_hooks([name])
+    assert type(hook).__name__ == "Mine"
+    assert hook_name(hook) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("nowhere.Mine", "train.hooks names nowhere.Mine, which cannot be imported"),
+        (f"{__name__}.Theirs", "which cannot be imported"),
+        ("Mine", "which cannot be imported"),
+        (f"{__name__}.NoHook", "which is no subclass of k2train.train.hooks.Hook"),
+    ],
+)
+def test_what_is_no_hook_is_refused(path, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        own_hooks([path])
+
+
+def test_the_best_checkpoint():
+    best = Best()
+    assert not best.claims(0)  # nothing was read
+    best.note(10, 2.0)
+    assert not best.claims(15)  # of another step
+    assert best.claims(10)
+    best.note(20, 2.5)
+    assert not best.claims(20)
+    again = Best()
+    again.load_state_dict(best.state_dict())
+    again.note(30, math.nan)
+    assert not again.claims(30)
+    again.note(40, 1.9)
+    assert again.claims(40)
+
+
+def filled(meter, values):
+    for value in values:
+        meter.add(
+            sums={name: torch.tensor(value) for name in SUMS},
+            largest={name: torch.tensor(value) for name in LARGEST},
+        )
+        meter.count(applied=True, tokens=10, seconds=0.5)
+
+
+def test_the_meter_adds_up_and_goes_on_from_its_state():
+    progress = Progress()
+    meter = Meter(progress, device=torch.device("cpu"))
+    filled(meter, [1.0, 3.0])
+    meter.fold()
+    kept = meter.state_dict()
+    other = Meter(Progress(), device=torch.device("cpu"))
+    other.load_state_dict(kept)
+    for each in (meter, other):
+        filled(each, [2.0])
+        each.count(applied=False, tokens=10, seconds=0.5)
+        found = each.take()
+        assert (found["nats"], found["max_logit"], found["steps"], found["skipped_steps"]) == (6.0, 3.0, 4, 1)
+        assert (found["tokens"], found["seconds"]) == (40, 2.0)
+        assert each.take()["max_logit"] == -math.inf
+    assert (progress.clipped_steps, progress.max_logit) == (6, 3.0)
+
+
+def test_deterministic_sets_what_it_says():
+    script = """
+import os, torch
+from k2train.train.deterministic import make_deterministic
+os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+torch.backends.cudnn.benchmark = True
+make_deterministic()
+assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
