@@ -46,6 +46,20 @@ def test_the_same_memory_is_used_again():
     assert all(torch.equal(a.values, b.values) and a.tensor == b.tensor for a, b in zip(second, held, strict=True))
 
 
+def test_pieces_of_one_memory_in_any_order_come_back_as_they_were():
+    master, momentum = torch.randn(100), torch.randn(100).bfloat16()
+    places = [(0, 10), (10, 40), (55, 100), (40, 40)]  # with a gap, and one that is empty
+    held = [Interval("w", key, a, flat[a:b]) for a, b in places for key, flat in (("m", master), ("v", momentum))]
+    held += [Interval("strided", "m", 0, master[::3])]
+    expected = [i.values.clone() for i in held]
+    copies = HostCopy().take(held)
+    master.zero_(), momentum.zero_()
+    assert [(c.key, c.start) for c in copies] == [(i.key, i.start) for i in held]
+    for copy, wanted in zip(copies, expected, strict=True):
+        assert copy.values.dtype == wanted.dtype
+        assert torch.equal(copy.values, wanted)
+
+
 def test_what_the_work_raises_comes_out_where_it_is_waited_for():
     background = Background()
     background.start(lambda: 1 / 0)
