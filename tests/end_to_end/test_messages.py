@@ -58,7 +58,7 @@ def test_a_full_disk_and_going_on_when_there_is_space(runner):
     if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "k2train", small]).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        result = runner.run("full", f"runs_dir={small}")
+        result = runner.run("full", f"runs_dir={small}", "faults.save_within=1")
         _refused(result, "MiB free: make room, or keep fewer with checkpoint.keep", status=1)
         assert not list((small / "full" / "checkpoints").glob("step-*[0-9]"))
         subprocess.run([mount, "-o", "remount,size=200m", small], check=True)

@@ -77,7 +77,8 @@ def test_a_clipped_head_has_exactly_tau_and_others_stay(make_model: MakeModel, k
     torch.testing.assert_close(layer.max_logits, before.clamp(max=tau), atol=1e-5, rtol=1e-5)
     healthy = before <= tau
     assert 0 < healthy.sum() < HEADS
-    assert torch.equal(layer.max_logits[healthy], before[healthy])  # to the last bit: none of their weights changed
+    # None of their weights changed; but a product's rounding may depend on where in memory its operands lie.
+    torch.testing.assert_close(layer.max_logits[healthy], before[healthy], atol=0, rtol=1e-6)
     changed = {name for name, parameter in layer.named_parameters() if not torch.equal(parameter, weights[name])}
     if key_heads < HEADS:
         assert changed == {"q_proj.weight"}
