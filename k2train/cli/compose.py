@@ -103,7 +103,7 @@ def _check_choice(group: str, value: str, own_dirs: Sequence[Path]) -> str | Non
 def _read_value(key: str, text: str, hint: Any) -> Any:
     """The value of an override: text keys take it as it stands, the others by Hydra's grammar."""
     kinds = typing.get_args(hint) or (hint,)
-    if str in kinds and typing.get_origin(hint) is not tuple:
+    if str in kinds and typing.get_origin(hint) not in (tuple, dict):
         if text == "null" and type(None) in kinds:
             return None
         return text.replace("${", "\\${")  # else OmegaConf takes it for a reference

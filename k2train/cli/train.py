@@ -30,7 +30,7 @@ from k2train.train.watchdog import Watchdog, beat
 if TYPE_CHECKING:
     from k2train.report import Summary
     from k2train.train.trainer import Trainer
-    from k2train.train.validate import HeldOutLoss
+    from k2train.train.validate import Validation
 
 # Seconds for the process of an earlier start, on its way out, to leave the run's folder.
 PATIENCE = 5.0
@@ -178,7 +178,7 @@ def prepare_data(config: RunConfig, streams: Quiet, alive: Callable[[], None]) -
     return manifest
 
 
-def _report(trainer: Trainer, result: HeldOutLoss, streams: Quiet) -> None:
+def _report(trainer: Trainer, result: Validation, streams: Quiet) -> None:
     """Writes sample, curves and summary, and shows the result; all ranks enter, as experts may live on any."""
     from k2train.data import compressed_sizes
     from k2train.generate import printable, sample_text
@@ -213,8 +213,9 @@ def _report(trainer: Trainer, result: HeldOutLoss, streams: Quiet) -> None:
         tokens_per_second=tokens / progress.elapsed,
         parameters_total=total,
         parameters_active=active,
-        validation_loss=result.per_token,
-        validation_bits_per_byte=result.bits_per_byte,
+        validation_loss=result.total.per_token,
+        validation_bits_per_byte=result.total.bits_per_byte,
+        sets=result.per_set(),
         compression=compression,
         max_logit=progress.max_logit if math.isfinite(progress.max_logit) else None,
         clipped_steps=progress.clipped_steps,

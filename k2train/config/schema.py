@@ -180,7 +180,14 @@ class ValidateConfig:
     """Held-out bits per byte."""
 
     every: int = rule(at_least=0)  # steps; 0: only at the end
-    tokens: int = rule(at_least=1)  # of the held-out text, during the run; at the end all of it is read
+    tokens: int = rule(at_least=1)  # of each set, during the run; at the end all of it is read
+    data: dict[str, str] = rule()  # sets that were prepared apart: by name a folder or URL, as data.prepared
+
+    def check(self) -> Iterator[str]:
+        """Sentences on names that metrics cannot have."""
+        for name in self.data:
+            if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+                yield f"data.{name}: the name becomes a metric's: use letters, digits, - and _ alone"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from k2train.data.cache import find_dataset
     from k2train.data.compression import compressed_sizes
     from k2train.data.dataset import Dataset, Span, TokenStream, Windows, open_dataset
     from k2train.data.errors import DataError
@@ -33,6 +34,7 @@ __all__ = [
     "Windows",
     "build_stream",
     "compressed_sizes",
+    "find_dataset",
     "open_dataset",
     "prepare",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "Windows": "dataset",
     "build_stream": "stream",
     "compressed_sizes": "compression",
+    "find_dataset": "cache",
     "open_dataset": "dataset",
     "prepare": "preparation",
 }

@@ -234,9 +234,10 @@ class Dataset:
         for origin, tokens in self.stream(split, source).documents():
             yield origin, self.tokenizer.decode_bytes(tokens.tolist())
 
-    def windows(self, split: str, *, sequence_length: int) -> Windows:
-        """Windows that predict each token of the split once."""
-        return Windows(self.stream(split), sequence_length=sequence_length, end_of_text=self.tokenizer.end_of_text)
+    def windows(self, split: str, source: str | None = None, *, sequence_length: int) -> Windows:
+        """Windows that predict each token of the split once: of one source, or of all, one after the other."""
+        stream = self.stream(split, source)
+        return Windows(stream, sequence_length=sequence_length, end_of_text=self.tokenizer.end_of_text)
 
     def notes(self) -> list[str]:
         """Sentences on what turned out otherwise than asked: skipped files, a smaller vocabulary."""

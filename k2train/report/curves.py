@@ -45,10 +45,10 @@ def draw_curves(
     loss, bits, lr, norm, logit, clipped, speed, balance = figure.subplots(2, 4).flat
 
     _curve(loss, steps, "loss", label="training")
-    _points(loss, validations, "validation_loss")
+    _points(loss, validations, "loss")
     _finish(loss, "loss", "nats a token")
     _curve(bits, steps, "bits_per_byte", label="training")
-    _points(bits, validations, "validation_bits_per_byte")
+    _points(bits, validations, "bits_per_byte")
     for (name, size), style in zip((compression or {}).items(), cycle(STYLES), strict=False):
         _level(bits, size, name, style=style)
     _finish(bits, "bits per byte", "bits")
@@ -130,9 +130,14 @@ def _curve(axes: Axes, records: Sequence[Record], key: str, *, smooth: bool = Tr
 
 
 def _points(axes: Axes, records: Sequence[Record], key: str) -> None:
+    """A line with dots on held-out text, and where there are several sets a thin one for each."""
     if records:
-        x, y = _series(records, key)
+        x, y = _series(records, f"validation_{key}")
         axes.plot(x, y, color=ORANGE, linewidth=1, marker="o", markersize=4, label="held out")
+    sets = dict.fromkeys(name for record in records for name in record.get("sets", {}))
+    for name, style in zip(sets, cycle(STYLES)):
+        of_set = [{"step": record["step"], **record.get("sets", {}).get(name, {})} for record in records]
+        axes.plot(*_series(of_set, key), color=ORANGE, linewidth=0.8, linestyle=style, marker=".", label=name)
 
 
 def _level(axes: Axes, value: float, name: str, *, style: str) -> None:

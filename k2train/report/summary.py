@@ -30,6 +30,7 @@ class Summary:
     parameters_active: int  # used for one token
     validation_loss: float  # nats a token, on all of the held-out text
     validation_bits_per_byte: float
+    sets: dict[str, dict[str, float]]  # loss and bits_per_byte of each held-out set by its name, if there are several
     compression: dict[str, float]  # bits per byte that compressors need for the held-out text, by their name
     max_logit: float | None  # the largest attention logit of any step; None if there was none
     clipped_steps: int  # in which QK-Clip acted on some head
@@ -106,6 +107,7 @@ def _facts(summary: Summary) -> Table:
         [
             ("parameters", f"{count(summary.parameters_total)}, {count(summary.parameters_active)} active a token"),
             ("held-out loss", f"{summary.validation_loss:.4f} nats a token"),
+            *((f"  {name}", _set(found)) for name, found in summary.sets.items()),
             ("steps", steps),
             ("tokens", f"{count(summary.tokens)} at {count(summary.tokens_per_second)} a second"),
             ("training time", duration(summary.elapsed)),
@@ -114,6 +116,10 @@ def _facts(summary: Summary) -> Table:
             ("machine", f"{processes} on {summary.device}, {summary.precision}"),
         ]
     )
+
+
+def _set(found: dict[str, float]) -> str:
+    return f"{found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
 
 
 def _files(summary: Summary) -> Table:

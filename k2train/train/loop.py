@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from k2train.train.audit import OnceEach
 from k2train.train.faults import PatientSaver, StopRequest
 from k2train.train.hooks import Hook
-from k2train.train.validate import HeldOutLoss
+from k2train.train.validate import Validation
 from k2train.train.watchdog import beat
 
 if TYPE_CHECKING:
     from k2train.train.trainer import Trainer
 
 
-def run_loop(trainer: Trainer, hooks: Sequence[Hook], *, received: Callable[[], int]) -> HeldOutLoss:
+def run_loop(trainer: Trainer, hooks: Sequence[Hook], *, received: Callable[[], int]) -> Validation:
     """Takes all steps that are left; called by all ranks together.
 
     Args:

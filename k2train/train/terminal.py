@@ -112,12 +112,10 @@ class Terminal(Hook):
             return
         self._validation = record
         what = "all that is held out" if record["whole"] else "held out"
-        parts = ""
-        if len(record["sets"]) > 1:
-            parts = ": " + ", ".join(f"{n} {_number(f['bits_per_byte'], '.4f')}" for n, f in record["sets"].items())
+        parts = ", ".join(f"{name} {_number(f['bits_per_byte'], '.4f')}" for name, f in record["sets"].items())
         self.say(
             f"step {record['step']:,}: {what} {_number(record['validation_bits_per_byte'], '.4f')} bits/byte "
-            f"(loss {_number(record['validation_loss'], '.4f')}){parts}"
+            f"(loss {_number(record['validation_loss'], '.4f')}){parts and f': {parts}'}"
         )
         self._draw()
 

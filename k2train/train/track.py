@@ -100,7 +100,7 @@ class Tracker(Hook):
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Logs the loss on held-out text."""
-        sets = {f"{name}_{key}": value for name, found in record["sets"].items() for key, value in found.items()}
+        sets = {f"{name}/{key}": value for name, found in record["sets"].items() for key, value in found.items()}
         self._log({**record, **sets}, group="validation")
 
     def finish(self, *, failed: bool = False) -> None:

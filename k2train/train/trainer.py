@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from muonclip.orthogonalize import cpu_multiplies_bfloat16
 
 from k2train.comm import World
 from k2train.config import RunConfig
-from k2train.data import Tokenizer, build_stream, open_dataset
+from k2train.data import Tokenizer, build_stream, find_dataset, open_dataset
 from k2train.model import build_model, materialise
-from k2train.paths import RunPaths, atomic_write
+from k2train.paths import RunPaths, atomic_write, cache_dir
 from k2train.train import zero
 from k2train.train.best import Best
 from k2train.train.compile import Compiled
@@ -39,7 +39,7 @@ from k2train.train.phases import build_plan
 from k2train.train.saving import Saver, describe_machine
 from k2train.train.state import Experts, Progress, RunState
 from k2train.train.step import Stepper
-from k2train.train.validate import HeldOutLoss, Window, evenly, held_out_loss, joined
+from k2train.train.validate import Validation, evenly, held_out_loss, held_out_sets, joined
 from k2train.units import count
 
 
@@ -68,7 +68,9 @@ class Trainer:
 
         Raises:
             ConfigError: the parts of the schedule do not fit together.
-            RunError: the checkpoints of the run belong to another data set, or the vocabulary does not fit.
+            RunError: the checkpoints of the run, or the sets that it is validated on, belong to other data, or the
+                vocabulary does not fit.
+            DataError: the data set, or one that it is validated on, cannot be opened.
             CheckpointError: they belong to another model.
         """
         self.config, self.world, self.paths, self.say = config, world, paths, say
@@ -78,6 +80,8 @@ class Trainer:
         self.threads = _set_threads(config.train.threads, world)
         self.precision = choose_precision(config.train.precision, world.device)
         self.dataset = open_dataset(manifest)
+        # Of the first phase's length, so that they stay comparable.
+        self._held_out = held_out_sets(self.dataset, _apart(config), sequence_length=config.train.sequence_length)
         model_config = dataclasses.replace(config.model, vocab_size=self._vocab_size())
         start_deepspeed(world)
         parallel = expert_groups(world, size=config.parallel.expert_parallel)
@@ -158,7 +162,7 @@ class Trainer:
 
     # ---- what the loop does
 
-    def train(self, *, received: Callable[[], int] = lambda: 0) -> HeldOutLoss:
+    def train(self, *, received: Callable[[], int] = lambda: 0) -> Validation:
         """Runs all steps that are left; see ``run_loop``."""
         return run_loop(self, self.hooks, received=received)
 
@@ -197,32 +201,36 @@ class Trainer:
             "elapsed": self.progress.elapsed,
         }
 
-    def validate(self, *, whole: bool) -> HeldOutLoss:
+    def validate(self, *, whole: bool) -> Validation:
         """The loss on held-out text, of which hooks are told; called by all ranks together.
 
         Args:
-            whole: read all of it; else ``validate.tokens`` of each set, evenly spread.
+            whole: read all of it; else ``validate.tokens`` of each set, evenly spread. After the last step those tell
+                no more than how good the checkpoint is beside others: the whole, which follows, is what hooks are told.
         """
         config, found = self.config, {}
-        for name, windows in self._held_out.items():
+        for name, held_out in self._held_out.items():
             number = -(-config.validate.tokens // config.train.sequence_length)
             found[name] = held_out_loss(
                 self.model,
-                windows if whole else evenly(windows, number),
+                held_out.windows if whole else evenly(held_out.windows, number),
                 bytes_of_token=self._bytes_of_token,
                 batch_size=config.train.micro_batch_size,
                 document_mask=config.train.document_mask,
                 world=self.world,
             )
-        result = joined(found.values())
+        total = joined([(found[name], held_out.tokens) for name, held_out in self._held_out.items() if held_out.own])
+        result = Validation(total, found if len(found) > 1 else {})
         if not whole:
-            self.best.note(self.progress.step, result.bits_per_byte)
+            self.best.note(self.progress.step, total.bits_per_byte)
+            if self.progress.step == self.plan.steps:
+                return result
         record = {
             "step": self.progress.step,
             "tokens": self.plan.tokens_before(self.progress.step),
-            "validation_loss": result.per_token,
-            "validation_bits_per_byte": result.bits_per_byte,
-            "sets": {n: {"loss": f.per_token, "bits_per_byte": f.bits_per_byte} for n, f in found.items()},
+            "validation_loss": total.per_token,
+            "validation_bits_per_byte": total.bits_per_byte,
+            "sets": result.per_set(),
             "whole": whole,
         }
         for hook in self.hooks:
@@ -237,11 +245,6 @@ class Trainer:
             hook.saved(self.progress.step)
 
     # ---- data
-
-    @cached_property
-    def _held_out(self) -> Mapping[str, Sequence[Window]]:
-        """The sets that are never trained on, by name; of the first phase's length, so that they stay comparable."""
-        return {"held_out": self.dataset.windows("held_out", sequence_length=self.config.train.sequence_length)}
 
     @cached_property
     def _bytes_of_token(self) -> torch.Tensor:
@@ -291,6 +294,12 @@ class Trainer:
                 "tokenizer: raise it, or set it to null to follow the tokenizer"
             )
         return wanted or there
+
+
+def _apart(config: RunConfig) -> dict[str, Path]:
+    """The manifests of ``validate.data``."""
+    cache, limit = cache_dir(config.data.cache_dir), config.data.cache_bytes
+    return {name: find_dataset(path, cache=cache, limit=limit) for name, path in config.validate.data.items()}
 
 
 def _bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:

@@ -1,15 +1,22 @@
-"""The loss on held-out text, in bits per byte: comparable between tokenizers, and with gzip."""
+"""The loss on held-out text, in bits per byte: comparable between tokenizers, and with gzip.
+
+Each source of the run's data is a set of its own. Together they are the text that a run is judged by; a set that was
+prepared apart (``validate.data``) is read beside them, and counts for nothing else.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from k2train.comm import World, sum_across
+from k2train.data import Dataset, open_dataset
 from k2train.model import Transformer
+from k2train.train.errors import RunError
 from k2train.train.watchdog import beat
 
 Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, labels and starts, (T,) each
@@ -20,8 +27,8 @@ class HeldOutLoss:
     """Of all the windows that were read, over all ranks."""
 
     nats: float
-    tokens: int
-    bytes: int
+    tokens: float
+    bytes: float
 
     @property
     def per_token(self) -> float:
@@ -34,10 +41,80 @@ class HeldOutLoss:
         return self.nats / math.log(2) / self.bytes
 
 
-def joined(parts: Iterable[HeldOutLoss]) -> HeldOutLoss:
-    """Of several sets as if they were one."""
-    found = list(parts)
-    return HeldOutLoss(sum(p.nats for p in found), sum(p.tokens for p in found), sum(p.bytes for p in found))
+@dataclass(frozen=True)
+class Validation:
+    """The loss on the run's held-out text and, where there are several sets, on each of them."""
+
+    total: HeldOutLoss
+    sets: Mapping[str, HeldOutLoss]
+
+    def per_set(self) -> dict[str, dict[str, float]]:
+        """Loss and bits per byte by name of the set, fit for JSON."""
+        return {n: {"loss": found.per_token, "bits_per_byte": found.bits_per_byte} for n, found in self.sets.items()}
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Text that is never trained on.
+
+    Attributes:
+        windows: predict each of its tokens once.
+        tokens: of all of it.
+        own: held out of the run's data, not prepared apart.
+    """
+
+    windows: Sequence[Window]
+    tokens: int
+    own: bool
+
+
+def held_out_sets(dataset: Dataset, apart: Mapping[str, Path], *, sequence_length: int) -> dict[str, HeldOutSet]:
+    """One set for each source that has held-out text, and those that were prepared apart.
+
+    Args:
+        dataset: of the run.
+        apart: manifests by name, whose held-out text is read.
+        sequence_length: T of the windows.
+
+    Raises:
+        RunError: a set has another tokenizer, no held-out text or the name of a source.
+        DataError: it cannot be opened.
+    """
+
+    def made(of: Dataset, source: str | None, *, own: bool) -> HeldOutSet:
+        windows = of.windows("held_out", source, sequence_length=sequence_length)
+        return HeldOutSet(windows, of.tokens("held_out", source), own)
+
+    sources = [name for name in dataset.sources if dataset.tokens("held_out", name)]
+    found = {name: made(dataset, name, own=True) for name in sources}
+    for name, path in apart.items():
+        key, other = f"validate.data.{name}={path}", open_dataset(path)
+        if name in dataset.sources:
+            raise RunError(f"{key} has the name of a source of the run's data: give it another one")
+        digests = [each.manifest["tokenizer"]["sha256"] for each in (other, dataset)]
+        if digests[0] != digests[1]:
+            raise RunError(
+                f"{key} was encoded by another tokenizer (sha256 {digests[0]}) than the run's data ({digests[1]}): "
+                f"prepare it with data.tokenizer.kind=json data.tokenizer.path={_tokenizer_path(dataset)}"
+            )
+        if not other.tokens("held_out"):
+            raise RunError(f"{key} has no held-out text: prepare it with a larger data.held_out")
+        found[name] = made(other, None, own=False)
+    return found
+
+
+def joined(parts: Sequence[tuple[HeldOutLoss, int]]) -> HeldOutLoss:
+    """Of several sets as if they were one.
+
+    Args:
+        parts: the loss of each, and the tokens of all of the set, of which it may have read a few: it stands for all.
+    """
+    scaled = [(found, tokens / found.tokens) for found, tokens in parts]
+    return HeldOutLoss(
+        sum(found.nats * scale for found, scale in scaled),
+        sum(found.tokens * scale for found, scale in scaled),
+        sum(found.bytes * scale for found, scale in scaled),
+    )
 
 
 def evenly(windows: Sequence[Window], number: int) -> list[Window]:
@@ -83,7 +160,11 @@ def held_out_loss(
             nats += loss_BT.double().sum()
     model.train(was_training)
     total_nats, total_tokens, total_bytes = sum_across([nats, tokens, size], device=world.device)
-    return HeldOutLoss(total_nats, int(total_tokens), int(total_bytes))
+    return HeldOutLoss(total_nats, total_tokens, total_bytes)
+
+
+def _tokenizer_path(dataset: Dataset) -> Path:
+    return dataset.folder / str(dataset.manifest["tokenizer"]["file"])
 
 
 def _window(windows: Sequence[Window], number: int) -> Window:

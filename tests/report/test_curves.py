@@ -70,8 +70,9 @@ def test_lines_that_are_no_records_are_left_out(tmp_path):
         [step(1, loss=None, grad_norm=None, max_logit=float("-inf")), step(2, loss=float("nan"))],
         [{"step": 1, "tokens": 1}],
         [step(n, grad_norm=10.0 ** (n % 5)) for n in range(1, 300)] + [validation(299)],
+        [validation(1), validation(2) | {"sets": {"a": {"loss": 3.0, "bits_per_byte": None}, "b": {"loss": 3.0}}}],
     ],
-    ids=["empty", "one step", "validation alone", "not finite", "keys missing", "long"],
+    ids=["empty", "one step", "validation alone", "not finite", "keys missing", "long", "several sets"],
 )
 def test_a_picture_comes_of_any_run(tmp_path, records):
     folder = tmp_path / "a $run$ of_mine"
@@ -91,6 +92,12 @@ def test_the_picture_shows_the_metrics(tmp_path):
         pictures.append(matplotlib.image.imread(tmp_path / "curves.png"))
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] != pictures[2]).any()
+    records = [step(1), validation(1), step(2), validation(2)]
+    for sets in ({}, {"a": {"loss": 2.0, "bits_per_byte": 1.0}}):
+        metrics = write(tmp_path / "metrics.jsonl", [record | {"sets": sets} for record in records])
+        draw_curves(metrics, tmp_path / "curves.png")
+        pictures.append(matplotlib.image.imread(tmp_path / "curves.png"))
+    assert (pictures[3] != pictures[4]).any()
 
 
 def test_pyplot_is_left_alone(tmp_path):

@@ -19,6 +19,7 @@ SUMMARY = Summary(
     parameters_active=1_234_567,
     validation_loss=2.7,
     validation_bits_per_byte=1.89,
+    sets={},
     compression={"gzip -9": 2.1, "xz -9": 2.05, "xz -9 joined": 1.55},
     max_logit=112.3,
     clipped_steps=421,
@@ -94,6 +95,10 @@ def test_other_runs_read_well_too():
     assert "none seen; QK-Clip acted in 1 step\n" in "\n".join(line.rstrip() for line in shown.splitlines()) + "\n"
     assert "1,200, of which 3 were not applied" in shown
     assert "4 processes on cuda" in shown
+    sets = {"code": {"loss": 2.5, "bits_per_byte": 1.5}, "a-source-of-prose": {"loss": 3.0, "bits_per_byte": 2.0}}
+    shown = text(with_(sets=sets))
+    assert "  a-source-of-prose  3.0000, 2.0000 bits per byte" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     assert "1.7 GiB a process" in shown
 
 

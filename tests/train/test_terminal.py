@@ -78,6 +78,9 @@ def test_validation_and_sentences_are_lines():
     assert stream.getvalue() == (
         "a [bold]path[/bold] " + "x" * 200 + "\nstep 50: held out 1.6000 bits/byte (loss 3.3000)\n"
     )
+    sets = {name: {"loss": 3.0, "bits_per_byte": bits} for name, bits in (("code", 1.25), ("prose", 2.0))}
+    terminal.validation(validation(60) | {"sets": sets})
+    assert stream.getvalue().endswith("(loss 3.3000): code 1.2500, prose 2.0000\n")
 
 
 def test_numbers_that_are_none_do_not_end_the_run():

@@ -158,10 +158,17 @@ def test_online(folder, fake, monkeypatch):
     assert wandb.options["id"] == (folder / "wandb-id").read_text().strip()
     assert wandb.options["settings"].finish_timeout == track.FINISH_TIMEOUT
     made.log(RECORD)
-    made.validation({"step": 1, "tokens": 4096, "validation_loss": 3.3, "sets": {}})
+    sets = {"validation": {"loss": 2.5}, "own": {"loss": 2.0}}
+    made.validation({"step": 1, "tokens": 4096, "validation_loss": 3.3, "sets": sets})
     assert wandb.logged == [
         {"step": 1, "tokens": 4096, "train/loss": 3.2, "train/applied": True},
-        {"step": 1, "tokens": 4096, "validation/loss": 3.3},
+        {
+            "step": 1,
+            "tokens": 4096,
+            "validation/loss": 3.3,
+            "validation/validation/loss": 2.5,
+            "validation/own/loss": 2.0,
+        },
     ]
     made.finish(failed=True)
     assert wandb.finished == 1
