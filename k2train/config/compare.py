@@ -19,6 +19,7 @@ HARMLESS = (
     "train.compile",
     "train.device",
     "train.threads",
+    "train.deterministic",
     "train.hooks",
     "parallel",
     "validate",

@@ -95,11 +95,14 @@ def test_other_runs_read_well_too():
     assert "none seen; QK-Clip acted in 1 step\n" in "\n".join(line.rstrip() for line in shown.splitlines()) + "\n"
     assert "1,200, of which 3 were not applied" in shown
     assert "4 processes on cuda" in shown
+    assert "1.7 GiB a process" in shown
+
+
+def test_several_held_out_sets():
     sets = {"code": {"loss": 2.5, "bits_per_byte": 1.5}, "a-source-of-prose": {"loss": 3.0, "bits_per_byte": 2.0}}
     shown = text(with_(sets=sets))
     assert "  a-source-of-prose  3.0000, 2.0000 bits per byte" in shown
     assert max(map(len, shown.splitlines())) <= 80
-    assert "1.7 GiB a process" in shown
 
 
 def test_a_terminal_gets_colour_and_a_long_path_stays_whole():
