@@ -49,3 +49,15 @@ def _locked(file: IO[str]) -> bool:
             raise
         logging.getLogger(__name__).warning("%s: this file system knows no locks; going on without", file.name)
     return True
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock; on a file system that knows none it is taken to."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or a lock cannot be had at all
+        return True
+    return False

@@ -66,9 +66,9 @@ class RunPaths:
         return self.root / "exit_status"
 
     @property
-    def curves(self) -> Path:
-        """Picture of the metrics."""
-        return self.root / "curves.png"
+    def report(self) -> Path:
+        """The run as a page."""
+        return self.root / "report.html"
 
     @property
     def sample(self) -> Path:
@@ -79,6 +79,11 @@ class RunPaths:
     def samples(self) -> Path:
         """Text that it wrote while it was trained; one JSON object a line."""
         return self.root / "samples.jsonl"
+
+    @property
+    def incidents(self) -> Path:
+        """Folder of a folder for each incident."""
+        return self.root / "incidents"
 
     @property
     def profile(self) -> Path:

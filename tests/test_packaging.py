@@ -23,6 +23,7 @@ def test_wheel_has_the_configs_and_both_packages(wheel):
     names = set(wheel.namelist())
     shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
     assert {f"k2train/{name}" for name in shipped} <= names
+    assert {f"k2train/report/page.{ending}" for ending in ("html", "css", "js")} <= names
     assert {"k2train/py.typed", "muonclip/py.typed", "k2train/__main__.py", "muonclip/__init__.py"} <= names
 
 

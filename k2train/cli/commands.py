@@ -65,7 +65,7 @@ TRAIN = Command(
     summary="pretrain a model from scratch; goes on by itself where an interrupted run stopped",
     explanation=(
         "Prepares the data if need be, trains under DeepSpeed, and ends with the bits per byte on held-out text, a\n"
-        "sample of generated text and a picture of the curves, all in runs_dir/name. The same command again resumes\n"
+        "sample of generated text and a page with the curves, all in runs_dir/name. The same command again resumes\n"
         "a run that was stopped, and shows the result of one that is finished. init_from=RUN begins a new run with\n"
         "the weights of another.\n"
         "\n"
@@ -171,4 +171,8 @@ VERIFY = Command(
 COMMANDS = {command.name: command for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, GENERATE, INSPECT, VERIFY)}
 
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.
-TOOLS = {"data": "show what is in the data, and which text a step of a run has read"}
+TOOLS = {
+    "data": "show what is in the data, and which text a step of a run has read",
+    "report": "make a page of one run, or of several side by side, whatever their state",
+    "watch": "follow a run from another terminal",
+}

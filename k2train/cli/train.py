@@ -179,10 +179,10 @@ def prepare_data(config: RunConfig, streams: Quiet, alive: Callable[[], None]) -
 
 
 def _report(trainer: Trainer, result: Validation, streams: Quiet) -> None:
-    """Writes sample, curves and summary, and shows the result; all ranks enter, as experts may live on any."""
+    """Writes sample, summary and report, and shows the result; all ranks enter, as experts may live on any."""
     from k2train.data import compressed_sizes
     from k2train.generate import printable, sample_text
-    from k2train.report import Summary, draw_curves, summary_table
+    from k2train.report import Summary, read_run, summary_table, write_page
 
     config, paths, progress = trainer.config, trainer.paths, trainer.progress
     beat("writing a sample")
@@ -195,12 +195,6 @@ def _report(trainer: Trainer, result: Validation, streams: Quiet) -> None:
     beat("writing the report", limited=False)
     atomic_write(paths.sample, text + "\n")
     compression = compressed_sizes(trainer.dataset.documents("held_out"))
-    draw_curves(
-        paths.metrics,
-        paths.curves,
-        tau=config.optim.tau if config.optim.name == "muonclip" else None,
-        compression=compression,
-    )
     total, active = trainer.parameters()
     tokens = trainer.plan.tokens
     summary = Summary(
@@ -225,6 +219,7 @@ def _report(trainer: Trainer, result: Validation, streams: Quiet) -> None:
         precision=trainer.precision,
     )
     atomic_write(paths.summary, summary.to_json())
+    write_page(paths.report, [read_run(paths.root)])
     console = Console(file=streams.out, highlight=False)
     console.print(summary_table(summary))
     console.print(f"\nA sample ({paths.sample}):\n", style="dim")

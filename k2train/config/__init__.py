@@ -4,7 +4,7 @@
 ``compare`` says whether two configs are the same run.
 """
 
-from k2train.config.compare import Change, changed_settings, refuse_changes
+from k2train.config.compare import Change, changed_settings, leaves, refuse_changes
 from k2train.config.data import DataConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.parse import ConfigError, parse, to_dict
@@ -57,6 +57,7 @@ __all__ = [
     "changed_settings",
     "find_key",
     "key_types",
+    "leaves",
     "parse",
     "refuse_changes",
     "suggest_key",

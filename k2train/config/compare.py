@@ -42,7 +42,7 @@ class Change:
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Settings that differ between two configs, from ``to_dict``, in the order of their keys."""
-    old, new = dict(_leaves(before, "")), dict(_leaves(after, ""))
+    old, new = dict(leaves(before)), dict(leaves(after))
     return [
         Change(key, f"{key} was {_text(old, key)} and is now {_text(new, key)}", _within(key, HARMLESS))
         for key in sorted(old.keys() | new.keys())
@@ -80,9 +80,10 @@ def _text(leaves: Mapping[str, Any], key: str) -> str:
     return "absent" if value is _ABSENT else "null" if value is None else str(value)
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a config from ``to_dict`` by their dotted keys; ``path`` is that of ``value``."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value

@@ -1,6 +1,7 @@
-"""What is left of a run to look at: its curves and its result."""
+"""What is left of a run to look at: its records, a page of them, and its result."""
 
-from k2train.report.curves import draw_curves, read_records
+from k2train.report.page import write_page
+from k2train.report.records import ReportError, Run, read_run
 from k2train.report.summary import Summary, summary_table
 
-__all__ = ["Summary", "draw_curves", "read_records", "summary_table"]
+__all__ = ["ReportError", "Run", "Summary", "read_run", "summary_table", "write_page"]

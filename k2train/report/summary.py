@@ -126,7 +126,7 @@ def _files(summary: Summary) -> Table:
     paths = RunPaths(Path(summary.folder))
     named = [
         ("checkpoints", paths.checkpoints),
-        ("curves", paths.curves),
+        ("report", paths.report),
         ("sample", paths.sample),
         ("metrics", paths.metrics),
         ("logs", paths.logs),

@@ -73,7 +73,7 @@ def test_other_settings_under_the_same_name_and_a_finished_run(runner):
     first = runner.run("same")
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
-    for name in ("curves.png", "sample.txt", "summary.json", "metrics.jsonl", "config.json", "tokenizer.json"):
+    for name in ("report.html", "sample.txt", "summary.json", "metrics.jsonl", "config.json", "tokenizer.json"):
         assert (runner.runs / "same" / name).stat().st_size > 0
     assert "gzip -9, each file by itself" in first.stdout
     assert "Traceback" not in first.stdout

@@ -83,7 +83,7 @@ def test_all_facts_fit_into_eighty_columns_without_colour():
         "1.7 GiB",
         "1 process on cpu, fp32",
         "runs/quickstart/checkpoints",
-        "runs/quickstart/curves.png",
+        "runs/quickstart/report.html",
         "runs/quickstart/sample.txt",
         "runs/quickstart/metrics.jsonl",
     ):
@@ -109,4 +109,4 @@ def test_a_terminal_gets_colour_and_a_long_path_stays_whole():
     folder = "/home/someone/" + "a-long-folder/" * 8 + "run"
     assert "\x1b[" in text(SUMMARY, terminal=True)
     unfolded = "".join(line.strip() for line in text(with_(folder=folder)).splitlines())
-    assert f"{folder}/curves.png" in unfolded
+    assert f"{folder}/report.html" in unfolded

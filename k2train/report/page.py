@@ -1,0 +1,274 @@
+"""The report: one HTML page on one run or several side by side, which needs nothing but itself.
+
+The charts are SVG that is made here and shown without a script; fifty lines of it read values off under the pointer.
+A charting library would draw more than is needed and weigh more than the run: plotly.js is 4.7 MB a page, the page of
+a run of any length about 0.3 MB. Text goes through Jinja's escaping, and a content security policy forbids the page to
+load anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from k2train import __version__
+from k2train.config import leaves
+from k2train.paths import atomic_write
+from k2train.report import chart as charts
+from k2train.report.chart import Chart, Level, Series, heat_map, line_chart
+from k2train.report.records import Record, Run, number, series, warnings
+from k2train.units import count, duration, memory
+
+# Keys of records that have a chart of their own, or need none.
+KNOWN = {
+    *("step", "steps", "tokens", "elapsed", "phase", "loss", "bits_per_byte", "lr", "grad_norm", "max_logit"),
+    *("clipped_heads", "balance_max", "tokens_per_second"),
+}
+SAMPLES = 12  # of a run that are shown, spread evenly
+LISTED = 24  # entries of a list in an incident
+FEW = 8  # entries up to which a mapping in records is drawn as curves, not as a heat map
+
+
+def write_page(page: Path, runs: Sequence[Run], *, x: str = "step") -> None:
+    """Writes the report, whole or not at all.
+
+    Args:
+        page: the file.
+        runs: what it is of; the first one's threshold and compressors are drawn.
+        x: ``step`` or ``tokens``, the axis of the charts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    atomic_write(page, render(runs, x=x))
+
+
+def render(runs: Sequence[Run], *, x: str = "step") -> str:
+    """The report as HTML; see ``write_page``."""
+    folder = Path(__file__).parent
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    labels = _labels(runs)
+    return templates.get_template("page.html").render(
+        version=__version__,
+        runs=list(zip(labels, runs, strict=True)),
+        facts=_facts(runs),
+        warnings=[(label, list(warnings(run))) for label, run in zip(labels, runs, strict=True)],
+        sections=_sections(runs, labels, x),
+        settings=_settings(runs),
+        samples=[(label, _spread(run.samples, SAMPLES)) for label, run in zip(labels, runs, strict=True)],
+        box=charts,
+        x=x,
+        listed=LISTED,
+    )
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Names; with the folder where two are the same."""
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
+
+
+# ---- the table
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(label, a text for each run), without rows that are empty."""
+    columns = [dict(_facts_of(run)) for run in runs]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return [(key, [column.get(key, "-") for column in columns]) for key in keys]
+
+
+def _facts_of(run: Run) -> Iterator[tuple[str, str]]:
+    summary, last = run.summary or {}, run.steps[-1] if run.steps else {}
+    held = run.validations[-1] if run.validations else {}
+    yield "state", run.state
+    yield "steps", f"{last.get('step', 0):,}"
+    yield "tokens", count(number(last.get("tokens")))
+    yield "loss", _four(last.get("loss"))
+    yield "held-out loss", _four(summary.get("validation_loss", held.get("validation_loss")))
+    yield "held-out bits per byte", _four(summary.get("validation_bits_per_byte", held.get("validation_bits_per_byte")))
+    for name, size in summary.get("compression", {}).items():
+        yield f"bits per byte of {name}", _four(size)
+    yield "steps not applied", f"{sum(record.get('skipped_steps', 0) for record in run.steps):,}"
+    logits = [v for v in series(run.steps, "max_logit") if math.isfinite(v)]
+    yield "largest max logit", f"{max(logits):.1f}" if logits else "-"
+    yield "records with clipped heads", f"{sum(record.get('clipped_heads', 0) > 0 for record in run.steps):,}"
+    yield "training time", duration(number(last.get("elapsed")))
+    elapsed = number(last.get("elapsed"))
+    yield "tokens a second", count(number(last.get("tokens")) / elapsed) if elapsed > 0 else "-"
+    if "parameters_total" in summary:
+        total, active = summary["parameters_total"], summary["parameters_active"]
+        yield "parameters", f"{count(total)}, {count(active)} active a token"
+        yield "peak memory", memory(summary["peak_memory"])
+        yield "machine", f"{summary['world_size']} on {summary['device']}, {summary['precision']}"
+    yield "folder", str(run.folder)
+    if run.damaged:
+        yield "damaged lines, left out", f"{run.damaged:,}"
+
+
+def _four(value: Any) -> str:
+    return f"{value:.4f}" if math.isfinite(number(value)) else "-"
+
+
+# ---- the charts
+
+
+def _sections(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[tuple[str, str, list[Chart]]]:
+    """(anchor, title, charts) without those that have nothing to draw."""
+
+    def curve(key: str, *, smooth: bool = True) -> list[Series]:
+        return [
+            Series(name=label, x=_axis(run.steps, x), y=series(run.steps, key), colour=index, smooth=smooth)
+            for index, (label, run) in enumerate(zip(labels, runs, strict=True))
+            if run.steps
+        ]
+
+    config, summary = runs[0].config, runs[0].summary or {}
+    compressors = [Level(name=name, y=size) for name, size in summary.get("compression", {}).items()]
+    optim = config.get("optim", {})
+    tau = [Level(name="tau", y=optim["tau"])] if optim.get("name") == "muonclip" and "tau" in optim else []
+    learning = [
+        line_chart("loss", "nats a token", [*curve("loss"), *_held_out(runs, labels, "loss", x)]),
+        line_chart(
+            "bits per byte",
+            "bits",
+            [*curve("bits_per_byte"), *_held_out(runs, labels, "bits_per_byte", x)],
+            levels=compressors,
+        ),
+        line_chart("learning rate", "of the schedule", curve("lr", smooth=False)),
+        line_chart("gradient norm", "before clipping", curve("grad_norm"), log=True),
+        *_each_set(runs, labels, x),
+    ]
+    running = [
+        line_chart("largest attention logit", "of all heads", curve("max_logit"), levels=tau),
+        line_chart("heads clipped by QK-Clip", "heads", curve("clipped_heads"), zero=True),
+        line_chart("expert balance", "largest load / mean load", curve("balance_max")),
+        line_chart("speed", "tokens a second", curve("tokens_per_second"), zero=True),
+    ]
+    further = [
+        line_chart(key.replace("_", " "), "", curve(key))
+        for key in _keys(runs, int | float)
+        if key not in KNOWN and any(number(r.get(key)) not in (0.0,) for run in runs for r in run.steps if key in r)
+    ]
+    arrays = [
+        made
+        for key in _keys(runs, Mapping | list)
+        for label, run in zip(labels, runs, strict=True)
+        for made in [_array(key if len(runs) == 1 else f"{key}, {label}", key, run, x)]
+    ]
+    found = {
+        "learning": ("Learning", learning),
+        "running": ("Attention, experts, speed", running),
+        "further": ("Further", [*further, *arrays]),
+    }
+    drawn = [(anchor, title, [c for c in made if c]) for anchor, (title, made) in found.items()]
+    return [section for section in drawn if section[2]]
+
+
+def _axis(records: Sequence[Record], x: str) -> list[float]:
+    return [float(record.get(x, record["step"])) for record in records]
+
+
+def _held_out(runs: Sequence[Run], labels: Sequence[str], key: str, x: str) -> list[Series]:
+    """Dots for each run, and of a single run for each set where there are several."""
+    found = []
+    for index, (label, run) in enumerate(zip(labels, runs, strict=True)):
+        if not run.validations:
+            continue
+        several = len(runs) > 1
+        at, colour = _axis(run.validations, x), index if several else 1
+        name = f"{label}, held out" if several else "held out"
+        found.append(
+            Series(name=name, x=at, y=series(run.validations, f"validation_{key}"), colour=colour, dots=True, dash=1)
+        )
+        for dash, part in enumerate(_sets([run]) if not several else (), start=2):
+            found.append(Series(name=part, x=at, y=_of_set(run, part, key), colour=colour, dots=True, dash=dash))
+    return found
+
+
+def _each_set(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[Chart | None]:
+    """Of several runs with several held-out sets a chart for each set."""
+    if len(runs) == 1:
+        return []
+    key = "bits_per_byte"
+    return [
+        line_chart(
+            f"held out: {part}",
+            "bits per byte",
+            [
+                Series(name=label, x=_axis(run.validations, x), y=_of_set(run, part, key), colour=index, dots=True)
+                for index, (label, run) in enumerate(zip(labels, runs, strict=True))
+                if run.validations
+            ],
+        )
+        for part in _sets(runs)
+    ]
+
+
+def _sets(runs: Sequence[Run]) -> list[str]:
+    """Names of the held-out sets where there are several."""
+    names = list(dict.fromkeys(name for run in runs for record in run.validations for name in record.get("sets", {})))
+    return names if len(names) > 1 else []
+
+
+def _of_set(run: Run, name: str, key: str) -> list[float]:
+    return [number(record.get("sets", {}).get(name, {}).get(key)) for record in run.validations]
+
+
+def _keys(runs: Sequence[Run], kind: Any) -> list[str]:
+    """Keys of the steps' records that hold values of a kind somewhere, in their order."""
+    return list(
+        dict.fromkeys(
+            key
+            for run in runs
+            for record in run.steps
+            for key, value in record.items()
+            if isinstance(value, kind) and not isinstance(value, bool)
+        )
+    )
+
+
+def _array(title: str, key: str, run: Run, x: str) -> Chart | None:
+    """What a record says of each head, expert, layer or source: curves of a few, a heat map of many."""
+    records = [record for record in run.steps if key in record]
+    entries = [dict(_entries(record[key])) for record in records]
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    at = _axis(records, x)
+    rows = [(name, [number(entry.get(name)) for entry in entries]) for name in names]
+    if len(rows) <= FEW:
+        return line_chart(title, "", [Series(name=n, x=at, y=y, colour=i) for i, (n, y) in enumerate(rows)])
+    return heat_map(title, f"{len(rows)} rows", at, rows)
+
+
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        yield name, value
+        return
+    for key, item in pairs:
+        yield from _entries(item, f"{name}.{key}" if name else str(key))
+
+
+# ---- settings and samples
+
+
+def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(key, a value for each run): all of one run, those that differ of several."""
+    flat = [{key: json.dumps(value) for key, value in leaves(run.config)} for run in runs]
+    keys = sorted({key for settings in flat for key in settings})
+    rows = [(key, [settings.get(key, "absent") for settings in flat]) for key in keys]
+    return [row for row in rows if len(runs) == 1 or len(set(row[1])) > 1]
+
+
+def _spread(records: Sequence[Record], number_of: int) -> list[Record]:
+    """So many of them, the first and the last among them."""
+    if len(records) <= number_of:
+        return list(records)
+    return [records[round(k * (len(records) - 1) / (number_of - 1))] for k in range(number_of)]

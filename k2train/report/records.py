@@ -1,0 +1,189 @@
+"""What a run has left on disk, read as it stands: finished, running or dead.
+
+Nothing but ``config.json`` and ``metrics.jsonl`` has to be there. A line that is no record is left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2train.lock import is_held
+from k2train.paths import RunPaths
+from k2train.status import OK
+
+Record = Mapping[str, Any]
+
+
+class ReportError(ValueError):
+    """There is nothing to report on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as its files tell it.
+
+    Attributes:
+        folder: of the run.
+        config: as plain values.
+        steps: records of steps, in order.
+        validations: records of validations, in order.
+        samples: texts written on the way, as ``{"step": ..., "text": ...}``.
+        incidents: by the name of their folder, the contents of their JSON files by name.
+        summary: the result; None if the run is not finished.
+        state: in words.
+        damaged: lines and files that are none and were left out.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    steps: Sequence[Record]
+    validations: Sequence[Record]
+    samples: Sequence[Record]
+    incidents: Mapping[str, Mapping[str, Any]]
+    summary: Mapping[str, Any] | None
+    state: str
+    damaged: int
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return str(self.config.get("name", self.folder.name))
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's files.
+
+    Raises:
+        ReportError: the folder is no run, or the run has recorded nothing yet.
+        OSError: a file is there and cannot be read.
+    """
+    paths = RunPaths(folder)
+    config = read_config(folder)
+    if not paths.metrics.is_file():
+        raise ReportError(f"the run {folder} has no {paths.metrics.name} yet: wait for its first step")
+    lines, damaged = read_lines(paths.metrics.read_text(encoding="utf-8", errors="replace"))
+    steps, validations = in_order(lines)
+    if not steps and not validations:
+        raise ReportError(f"the run {folder} has recorded nothing yet: wait for its first step")
+    samples: list[Record] = []
+    if paths.samples.is_file():
+        samples, torn = read_lines(paths.samples.read_text(encoding="utf-8", errors="replace"))
+        damaged += torn
+    if paths.sample.is_file() and steps:
+        samples.append({"step": steps[-1]["step"], "text": paths.sample.read_text(encoding="utf-8", errors="replace")})
+    incidents: dict[str, dict[str, Any]] = {}
+    for path in sorted(paths.incidents.glob("*/*.json")):
+        content = _object(path)
+        damaged += content is None
+        if content is not None:
+            incidents.setdefault(path.parent.name, {})[path.stem] = content
+    summary = _object(paths.summary) if paths.summary.is_file() else None
+    if summary and steps and number(summary.get("steps")) < steps[-1]["step"]:
+        summary = None  # of the run before it was made longer
+    return Run(
+        folder=folder,
+        config=config,
+        steps=steps,
+        validations=validations,
+        samples=samples,
+        incidents=incidents,
+        summary=summary,
+        state="finished" if summary else run_state(folder),
+        damaged=damaged,
+    )
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The config of a run as plain values.
+
+    Raises:
+        ReportError: the folder is no run.
+    """
+    paths = RunPaths(folder)
+    if not paths.config.is_file():
+        why = f"it has no {paths.config.name}" if folder.is_dir() else "there is no such folder"
+        raise ReportError(f"{folder} is no run: {why}; give the folder of one, as in runs/first")
+    config = _object(paths.config)
+    if config is None:
+        raise ReportError(f"{paths.config} is damaged: start the run again, which writes it anew")
+    return config
+
+
+def run_state(folder: Path) -> str:
+    """Whether a run goes on, or how it ended: running, finished, ended with status N, or died."""
+    paths = RunPaths(folder)
+    if is_held(paths.lock):
+        return "running"
+    status = paths.exit_status.read_text(encoding="utf-8").strip() if paths.exit_status.is_file() else ""
+    if status == str(OK):
+        return "finished"
+    return f"ended with status {status}" if status else "died without a word"
+
+
+def read_lines(text: str) -> tuple[list[Record], int]:
+    """The records among lines of JSON, and how many lines are none."""
+    records: list[Record] = []
+    damaged = 0
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            damaged += 1
+    return records, damaged
+
+
+def in_order(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The records of steps and of validations, each in order of steps.
+
+    A run that was resumed repeats steps: what it writes of a step replaces what was there of that and of later ones.
+    """
+    steps: list[Record] = []
+    validations: list[Record] = []
+    for record in records:
+        is_validation = "validation_loss" in record
+        for kept in [validations] if is_validation else [steps, validations]:
+            while kept and kept[-1]["step"] >= record["step"]:
+                kept.pop()
+        (validations if is_validation else steps).append(record)
+    return steps, validations
+
+
+def series(records: Sequence[Record], key: str) -> list[float]:
+    """The values of a key; NaN where it is absent or not finite."""
+    return [number(record.get(key)) for record in records]
+
+
+def number(value: Any) -> float:
+    """A finite number as it is, anything else as NaN."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def warnings(run: Run) -> Iterator[tuple[int | None, str]]:
+    """What a person should look at: (step, sentence)."""
+    for record in run.steps:
+        if skipped := record.get("skipped_steps"):
+            yield record["step"], step_warning(skipped)
+    for name in run.incidents:
+        yield None, f"incident {name}"
+
+
+def step_warning(skipped: int) -> str:
+    """The sentence on a record with steps that changed nothing."""
+    return f"{skipped} step{'' if skipped == 1 else 's'} not applied: not finite"
+
+
+def _object(path: Path) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

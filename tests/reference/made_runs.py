@@ -1,0 +1,94 @@
+"""Folders of runs as training leaves them, made up."""
+
+import json
+import math
+from pathlib import Path
+
+
+def step(number, **changes):
+    plain = {
+        "step": number,
+        "steps": 1,
+        "skipped_steps": 0,
+        "phase": "training",
+        "tokens": 4096 * number,
+        "loss": 3.0 + 1 / number,
+        "bits_per_byte": 1.5,
+        "lr": 0.01,
+        "grad_norm": 0.4,
+        "max_logit": 20.0,
+        "clipped_heads": 0,
+        "balance_max": 1.3,
+        "tokens_per_second": 12_345.6,
+        "elapsed": number / 2,
+    }
+    return plain | changes
+
+
+def validation(number, **changes):
+    loss = 3.1 + 1 / number
+    plain = {
+        "step": number,
+        "tokens": 4096 * number,
+        "validation_loss": loss,
+        "validation_bits_per_byte": loss / 2,
+        "sets": {"held_out": {"loss": loss, "bits_per_byte": loss / 2}},
+        "whole": False,
+    }
+    return plain | changes
+
+
+def make_run(folder: Path, records, *, torn="", samples=(), incidents=None, summary=None, status=None, **settings):
+    """Writes a run; ``incidents`` is {folder: {file: content}}."""
+    folder.mkdir(parents=True)
+    optim = {"name": "muonclip", "tau": 100.0, "lr": settings.pop("lr", 0.01)}
+    config = {"name": folder.name, "optim": optim, "seed": 0} | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + torn)
+    if samples:
+        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    for name, files in (incidents or {}).items():
+        (folder / "incidents" / name).mkdir(parents=True)
+        for file, content in files.items():
+            (folder / "incidents" / name / f"{file}.json").write_text(json.dumps(content))
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    if status is not None:
+        (folder / "exit_status").write_text(f"{status}\n")
+    return folder
+
+
+def long_run(folder: Path, *, steps=1000, spike_at=700, **changes):
+    """A run with all that a report shows."""
+    hostile = "<script>document.title = 'broken'</script> </pre> <img src=http://192.0.2.1/x.png onerror=alert(1)>"
+    records = []
+    for n in range(1, steps + 1):
+        heads = [[20 + 5 * layer + head + n / 50 for head in range(4)] for layer in range(3)]
+        loss = 3 + 5 * math.exp(-8 * n / steps) + (4 if n == spike_at else 0)
+        records.append(
+            step(
+                n,
+                loss=loss,
+                bits_per_byte=loss / 2,
+                grad_norm=0.4 + 20 * (n == spike_at),
+                max_logit=20 + n / 10,
+                clipped_heads=max(0, n - 800) // 50,
+                skipped_steps=int(n == steps // 2),
+                heads=heads,
+                tokens_of={"code": n * 3, "text": n},
+            )
+        )
+        if n % 100 == 0:
+            sets = {"code": {"loss": loss, "bits_per_byte": 1.4}, "text": {"loss": loss + 1, "bits_per_byte": 1.6}}
+            records.append(validation(n, sets=sets))
+    return make_run(
+        folder,
+        records,
+        samples=[{"step": n, "text": f"{hostile} at {n}"} for n in range(100, steps + 1, 100)],
+        incidents={
+            f"step-{spike_at:08}": {
+                "incident": {"step": spike_at, "kind": "loss", "documents": [{"origin": "a.py", "text": hostile}]}
+            }
+        },
+        **changes,
+    )

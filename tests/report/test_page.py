@@ -1,0 +1,64 @@
+import math
+import re
+
+import pytest
+from made_runs import long_run, make_run, step, validation
+
+from k2train.report import read_run, write_page
+from k2train.report.page import render
+
+
+def page(*folders, **options):
+    return render([read_run(folder) for folder in folders], **options)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [step(1)],
+        [validation(1)],
+        [step(1, loss=None, grad_norm=None, max_logit=-math.inf), step(2, loss=math.nan)],
+        [{"step": 1}],
+        [step(n, grad_norm=10.0 ** (n % 5)) for n in range(1, 300)] + [validation(299)],
+        [validation(1), validation(2, sets={"a": {"loss": 3.0, "bits_per_byte": None}, "b": {"loss": 3.0}})],
+        [step(1, heads=[1.0, None]), step(2, heads=[]), step(3, heads={"a": {"b": "text"}}), step(4)],
+    ],
+    ids=["one step", "validation alone", "not finite", "keys missing", "long", "several sets", "odd arrays"],
+)
+def test_a_page_comes_of_any_run(tmp_path, records):
+    text = page(make_run(tmp_path / "r", records))
+    assert "nan" not in re.sub(r"<script>.*</script>", "", text, flags=re.S).lower()
+
+
+def test_text_is_escaped_everywhere(tmp_path):
+    text = page(long_run(tmp_path / "<b>name"), long_run(tmp_path / "other", note="<i>&"))
+    assert len(re.findall("<script>", text)) == 1
+    for raw in ("<img", "<b>name", "<i>"):
+        assert raw not in text
+    assert "&lt;img src=http" in text
+
+
+def test_a_spike_of_one_step_is_on_the_page(tmp_path):
+    text = page(long_run(tmp_path / "r", steps=3000, spike_at=1234))
+    assert re.search(r'"x": \[[^]]*\b1234\b', text)
+
+
+def test_settings_that_differ_are_shown_side_by_side(tmp_path):
+    one, two = make_run(tmp_path / "a", [step(1)], lr=0.01), make_run(tmp_path / "b", [step(1)], lr=0.02)
+    settings = page(one, two).partition('<section id="settings">')[2]
+    rows = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", settings)
+    assert rows == [("name", "&#34;a&#34;", "&#34;b&#34;"), ("optim.lr", "0.01", "0.02")]
+
+
+def test_damaged_lines_are_counted_on_the_page(tmp_path):
+    assert "<th>damaged lines, left out</th><td>1</td>" in page(make_run(tmp_path / "r", [step(1)], torn="{"))
+
+
+def test_the_axis_may_be_tokens(tmp_path):
+    folder = make_run(tmp_path / "r", [step(1), step(2)])
+    assert '"first": 4096.0, "last": 8192.0' in page(folder, x="tokens")
+
+
+def test_a_page_of_a_long_run_stays_small(tmp_path):
+    write_page(tmp_path / "page.html", [read_run(long_run(tmp_path / "r", steps=5000))])
+    assert (tmp_path / "page.html").stat().st_size < 600_000
