@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,29 @@ def run_state(folder: Path) -> str:
     if status == str(OK):
         return "finished"
     return f"ended with status {status}" if status else "died without a word"
+
+
+class Tail:
+    """Lines as they are appended to a file, which a run that starts again may replace by another."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file, self._read, self._torn = 0, 0, b""
+
+    def read(self) -> tuple[bool, str]:
+        """Whether the file is another one than the last time, and the whole lines that are new."""
+        try:
+            with open(self._path, "rb") as file:
+                found = os.fstat(file.fileno())
+                if anew := found.st_ino != self._file or found.st_size < self._read:
+                    self._file, self._read, self._torn = found.st_ino, 0, b""
+                file.seek(self._read)
+                fresh = file.read()
+        except FileNotFoundError:
+            return False, ""
+        self._read += len(fresh)
+        whole, newline, self._torn = (self._torn + fresh).rpartition(b"\n")
+        return anew, (whole + newline).decode(errors="replace")
 
 
 def read_lines(text: str) -> tuple[list[Record], int]:

@@ -6,9 +6,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,12 +18,18 @@ from rich.table import Table
 from rich.text import Text
 
 from k2train.train.hooks import Hook
+from k2train.train.sparkline import Sparkline
 from k2train.units import count, duration
+
+if TYPE_CHECKING:
+    from k2train.train.phases import Step
 
 # Seconds between two drawings of the panel: steps of a small model are faster than eyes.
 REFRESH = 0.2
 # Steps that speed and time left are averaged over.
 RECENT = 50
+# Warnings that stay in the panel.
+WARNINGS = 3
 
 
 class Terminal(Hook):
@@ -62,6 +68,8 @@ class Terminal(Hook):
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=RECENT + 1)  # clock, step, tokens
         self._record: Mapping[str, Any] | None = None
         self._validation: Mapping[str, Any] | None = None
+        self._losses = Sparkline()
+        self._warnings: deque[str] = deque(maxlen=WARNINGS)
 
     def __enter__(self) -> Terminal:
         if self._enabled and self._is_live:
@@ -91,20 +99,42 @@ class Terminal(Hook):
             self._fit()
             self._console.print(Text(text), soft_wrap=not self._is_live)
 
+    def warn(self, text: str) -> None:
+        """A sentence that also stays in the panel, until three others have come."""
+        self._warnings.append(text)
+        self.say(text)
+
+    def after_step(self, step: Step, *, applied: bool) -> None:
+        """Keeps a step that was not applied in sight; the sentence that explains it has been said."""
+        if not applied:
+            self._warnings.append(f"step {step.number + 1:,} was not applied: not finite")
+
+    def catch_up(self, steps: Iterable[Mapping[str, Any]], validations: Iterable[Mapping[str, Any]]) -> None:
+        """Begins with what was recorded before, of which the last is shown."""
+        self._recent.clear()
+        self._losses, self._record, self._validation = Sparkline(), None, None
+        for record in steps:
+            self._take(record, record["elapsed"])
+        if self._record is not None and not self._live:
+            self._tell()
+        for record in validations:
+            self._validation = record
+        if self._validation is not None:
+            self.validation(self._validation)
+        self._draw()
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Shows the metrics of the last steps, as they are written to metrics.jsonl."""
         if not self._enabled:
             return
         now, first = self._clock(), self._record is None
-        self._record = record
-        self._recent.append((now, record["step"], record["tokens"]))
+        self._take(record, now)
         last = record["step"] == self._steps
         if self._live:
             if first or last or now - self._drawn_at >= REFRESH:
                 self._draw()
         elif first or last or record["step"] // self._log_every > self._told_at // self._log_every:
-            self._told_at = record["step"]
-            self.say(self._line())
+            self._tell()
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Shows the loss on held-out text."""
@@ -120,6 +150,16 @@ class Terminal(Hook):
         self._draw()
 
     # ---- drawing
+
+    def _take(self, record: Mapping[str, Any], now: float) -> None:
+        self._record = record
+        self._recent.append((now, record["step"], record["tokens"]))
+        self._losses.add(record["loss"])
+
+    def _tell(self) -> None:
+        assert self._record is not None
+        self._told_at = self._record["step"]
+        self.say(self._line())
 
     def _fit(self) -> None:
         """Follows the size of the terminal, which rich looks for at descriptors 1 and 2: the log has those."""
@@ -165,6 +205,14 @@ class Terminal(Hook):
             parts.append(f"{duration(left)} left")
         return " | ".join(parts)
 
+    def _course(self) -> Iterator[Text]:
+        """The loss since the start, and what a person should look at."""
+        if self._console.encoding.startswith("utf"):
+            room = max(1, self._console.width - len("loss ") - 4)  # the border and its padding
+            yield Text.assemble(("loss ", "dim"), (self._losses.draw(room), "cyan"))
+        for text in self._warnings:
+            yield Text(text, style="yellow", overflow="ellipsis", no_wrap=True)
+
     def _panel(self) -> Panel:
         record, validation = self._record, self._validation
         done = record["step"] if record else 0
@@ -188,7 +236,7 @@ class Terminal(Hook):
             ]
             bar = Table.grid(expand=True)  # as rich's bar does not end its line
             bar.add_row(ProgressBar(total=self._steps, completed=done, complete_style="cyan", finished_style="green"))
-            body = Group(bar, _grid(cells, columns=3))
+            body = Group(bar, _grid(cells, columns=3), *self._course())
         return Panel(
             body,
             title=Text(self._name, style="bold", overflow="ellipsis"),

@@ -1,0 +1,86 @@
+"""``k2train watch``: the panel of a run that another process trains, or has trained."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from k2train.config import RunConfig, parse
+from k2train.paths import RunPaths
+from k2train.report import ReportError
+from k2train.report.records import Tail, in_order, read_config, read_lines, run_state, step_warning
+from k2train.status import OK
+from k2train.train.phases import build_plan
+from k2train.train.terminal import Terminal
+
+EVERY = 0.5  # seconds between two looks
+FIRST = 3  # warnings of what was before
+
+
+def main(words: Sequence[str]) -> int:
+    """Follows the run until it ends or the person leaves; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="k2train watch",
+        description=(
+            "Follows a run from another terminal, until it ends. It only reads; Ctrl-C leaves, and the run goes on."
+        ),
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    folder = parser.parse_args(words).run.expanduser()
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            watch(folder, sys.stdout)
+        except ReportError as error:
+            print(f"k2train: error: {error}", file=sys.stderr)
+            return 1
+    return OK
+
+
+def watch(folder: Path, stream: TextIO) -> None:
+    """Shows what the run's files say, as it comes.
+
+    Raises:
+        ReportError: the folder is no run.
+        ConfigError: it is one of another version of k2train.
+    """
+    paths = RunPaths(folder)
+    config = parse(RunConfig, read_config(folder))
+    steps = build_plan(config).steps
+    elapsed = 0.0  # of training, by the newest record: the clock of speed and time left
+    terminal = Terminal(
+        name=config.name, steps=steps, log_every=max(1, steps // 40), stream=stream, clock=lambda: elapsed
+    )
+    metrics, incidents, damaged = Tail(paths.metrics), set[str](), 0
+    with terminal:
+        while True:
+            state = run_state(folder)  # before the look at the files, so that the last records are not missed
+            anew, text = metrics.read()
+            records, torn = read_lines(text)
+            damaged += torn
+            skipped = [record for record in records if record.get("skipped_steps")]
+            if anew:
+                terminal.catch_up(*in_order(records))
+                skipped = skipped[-FIRST:]
+            for record in skipped:
+                terminal.warn(f"step {record['step']:,}: {step_warning(record['skipped_steps'])}")
+            for record in () if anew else records:
+                if "validation_loss" in record:
+                    terminal.validation(record)
+                else:
+                    elapsed = record["elapsed"]
+                    terminal.log(record)
+            found = {path.name for path in paths.incidents.glob("*/")}
+            for name in sorted(found - incidents)[-FIRST:]:
+                terminal.warn(f"incident {name}, in {paths.incidents / name}")
+            incidents |= found
+            if state != "running":
+                break
+            time.sleep(EVERY)
+        if damaged:
+            terminal.say(f"{damaged:,} damaged line{'' if damaged == 1 else 's'} left out")
+        terminal.say(f"{config.name}: {state}")
