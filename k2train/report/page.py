@@ -148,7 +148,7 @@ def _sections(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[tuple[
     ]
     running = [
         line_chart("largest attention logit", "of all heads", curve("max_logit"), levels=tau),
-        line_chart("heads clipped by QK-Clip", "heads", curve("clipped_heads"), zero=True),
+        line_chart("heads clipped by QK-Clip", "heads", curve("clipped_heads", smooth=False), zero=True),
         line_chart("expert balance", "largest load / mean load", curve("balance_max")),
         line_chart("speed", "tokens a second", curve("tokens_per_second"), zero=True),
     ]

@@ -75,7 +75,8 @@ def read_run(folder: Path) -> Run:
     if paths.samples.is_file():
         samples, torn = read_lines(paths.samples.read_text(encoding="utf-8", errors="replace"))
         damaged += torn
-    if paths.sample.is_file() and steps:
+    last = samples[-1]["step"] if samples else 0
+    if paths.sample.is_file() and steps and last < steps[-1]["step"]:
         samples.append({"step": steps[-1]["step"], "text": paths.sample.read_text(encoding="utf-8", errors="replace")})
     incidents: dict[str, dict[str, Any]] = {}
     for path in sorted(paths.incidents.glob("*/*.json")):
