@@ -94,6 +94,10 @@ def _facts_of(run: Run) -> Iterator[tuple[str, str]]:
     yield "loss", _four(last.get("loss"))
     yield "held-out loss", _four(summary.get("validation_loss", held.get("validation_loss")))
     yield "held-out bits per byte", _four(summary.get("validation_bits_per_byte", held.get("validation_bits_per_byte")))
+    sets = summary.get("sets", held.get("sets", {}))
+    for name in _sets([run]):
+        found = sets.get(name, {})
+        yield f"held out: {name}", f"{_four(found.get('loss'))}, {_four(found.get('bits_per_byte'))} bits per byte"
     for name, size in summary.get("compression", {}).items():
         yield f"bits per byte of {name}", _four(size)
     yield "steps not applied", f"{sum(record.get('skipped_steps', 0) for record in run.steps):,}"

@@ -38,6 +38,14 @@ def test_text_is_escaped_everywhere(tmp_path):
     assert "&lt;img src=http" in text
 
 
+def test_held_out_sets_are_shown_each(tmp_path):
+    one, two = long_run(tmp_path / "a"), long_run(tmp_path / "b")
+    text = page(one)
+    assert "<th>held out: code</th><td>3.0017, 1.4000 bits per byte</td>" in text
+    assert '"name": "code"' in text
+    assert ">held out: code</b>" in page(one, two)  # a chart of its own
+
+
 def test_a_spike_of_one_step_is_on_the_page(tmp_path):
     text = page(long_run(tmp_path / "r", steps=3000, spike_at=1234))
     assert re.search(r'"x": \[[^]]*\b1234\b', text)
