@@ -24,6 +24,17 @@ SMALL = {
     "generate": ["generate.max_tokens=4"],
 }
 SMALL["audit"] = SMALL["train"]
+SMALL["show"] = ["data.tokenizer.vocab_size=512"]
+SMALL |= {"inspect": [], "verify": [], "trace": []}
+SAID = {
+    "train": "this model",
+    "generate": "def main(",
+    "audit": "updated as it should be",
+    "show": "held out",
+    "inspect": "any other can read it",
+    "verify": "is whole: ",
+    "trace": "sample 0: source ",
+}
 # Some text of its own, and a part of the standard library: a corpus of a second.
 CORPUS = {
     True: [f"data.path={ROOT / 'k2train' / 'config'}"],
@@ -46,7 +57,7 @@ def test_command(line, home):
     words = shlex.split(line)
     kind = next(word for word in words if word in SMALL)
     words += SMALL[kind]
-    if kind != "generate":
+    if kind in ("train", "audit", "show"):
         words += CORPUS["data=folder" in words]
     environment = {
         **os.environ,
@@ -59,4 +70,4 @@ def test_command(line, home):
     found = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stderr == ""
-    assert {"train": "this model", "generate": "def main(", "audit": "updated as it should be"}[kind] in found.stdout
+    assert SAID[kind] in found.stdout

@@ -134,9 +134,7 @@ def test_offline_for_real_and_in_silence(folder, no_network, capfd):
     made.log(RECORD)
     made.validation({"step": 1, "tokens": 4096, "validation_loss": 3.3, "validation_bits_per_byte": 1.6, "sets": {}})
     made.finish()
-    sys.modules[
-        "wandb"
-    ].teardown()  # its process may write the last records when finish has returned; this waits for it
+    sys.modules["wandb"].teardown()  # waits for its process, which may write the last records after finish
     assert said == [f"wandb: offline as there is no login, in {folder / 'wandb'}; nothing is uploaded"]
     (stored,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     assert b"bits_per_byte" in stored.read_bytes()
