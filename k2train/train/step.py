@@ -27,6 +27,7 @@ from k2train.model import Transformer, update_bias
 from k2train.train.metrics import Meter
 from k2train.train.phases import Step
 from k2train.train.watchdog import beat
+from k2train.train.zero import forget_gradients
 
 
 class Stepper:
@@ -102,6 +103,7 @@ class Stepper:
                 },
             )
         else:
+            forget_gradients(self.engine.optimizer)
             self._explain(step, nats, healthy)
         self._meter.count(applied=applied, tokens=step.tokens, seconds=time.perf_counter() - begin)
         return applied

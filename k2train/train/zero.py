@@ -54,6 +54,16 @@ def partitioner(device: torch.device) -> Callable[[nn.Parameter], None]:
     return lambda parameter: init._convert_to_zero_parameters([parameter])
 
 
+def forget_gradients(zero_optimizer: Any) -> None:
+    """Drops what a step that was not applied has left of its gradients.
+
+    DeepSpeed 0.19 does so itself but at stages 1 and 2 with offload and bf16: there the next step's gradients would be
+    added to those that are not finite, and no step would be applied any more.
+    """
+    if isinstance(zero_optimizer, DeepSpeedZeroOptimizer):
+        zero_optimizer.averaged_gradients.update(dict.fromkeys(zero_optimizer.averaged_gradients))
+
+
 def shards(zero_optimizer: Any, names: Names) -> list[Shard]:
     """The layout of each flat tensor that the optimizer works on.
 

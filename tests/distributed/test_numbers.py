@@ -26,6 +26,7 @@ VETOES = {
     2: [
         Layout(2, zero_stage=1, precision="bf16", accumulation=2),
         Layout(2, zero_stage=3, expert_parallel=2, accumulation=2),
+        Layout(2, zero_stage=2, precision="bf16", offload=True),  # DeepSpeed itself would keep what is not finite
     ],
 }
 FULL = [
