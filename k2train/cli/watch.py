@@ -13,7 +13,17 @@ from typing import TextIO
 from k2train.config import RunConfig, parse
 from k2train.paths import RunPaths
 from k2train.report import ReportError
-from k2train.report.records import Tail, in_order, read_config, read_lines, run_state, step_warning
+from k2train.report.records import (
+    Tail,
+    in_order,
+    is_incident,
+    is_validation,
+    read_config,
+    read_lines,
+    run_state,
+    sentence,
+    skipped_warning,
+)
 from k2train.status import OK
 from k2train.train.phases import build_plan
 from k2train.train.terminal import Terminal
@@ -55,29 +65,28 @@ def watch(folder: Path, stream: TextIO) -> None:
     terminal = Terminal(
         name=config.name, steps=steps, log_every=max(1, steps // 40), stream=stream, clock=lambda: elapsed
     )
-    metrics, incidents, damaged = Tail(paths.metrics), set[str](), 0
+    metrics, damaged = Tail(paths.metrics), 0
     with terminal:
         while True:
             state = run_state(folder)  # before the look at the files, so that the last records are not missed
             anew, text = metrics.read()
             records, torn = read_lines(text)
             damaged += torn
-            skipped = [record for record in records if record.get("skipped_steps")]
             if anew:
-                terminal.catch_up(*in_order(records))
-                skipped = skipped[-FIRST:]
-            for record in skipped:
-                terminal.warn(f"step {record['step']:,}: {step_warning(record['skipped_steps'])}")
+                done, validations, _ = in_order(records)
+                elapsed = done[-1]["elapsed"] if done else 0.0
+                terminal.catch_up(done, validations)
+            strange = [record for record in records if record.get("skipped_steps") or is_incident(record)]
+            for record in strange[-FIRST:] if anew else strange:
+                terminal.warn(
+                    f"step {record['step']:,}: {sentence(record) or skipped_warning(record['skipped_steps'])}"
+                )
             for record in () if anew else records:
-                if "validation_loss" in record:
+                if is_validation(record):
                     terminal.validation(record)
-                else:
+                elif not is_incident(record):
                     elapsed = record["elapsed"]
                     terminal.log(record)
-            found = {path.name for path in paths.incidents.glob("*/")}
-            for name in sorted(found - incidents)[-FIRST:]:
-                terminal.warn(f"incident {name}, in {paths.incidents / name}")
-            incidents |= found
             if state != "running":
                 break
             time.sleep(EVERY)

@@ -21,7 +21,7 @@ from k2train.config import leaves
 from k2train.paths import atomic_write
 from k2train.report import chart as charts
 from k2train.report.chart import Chart, Level, Series, heat_map, line_chart
-from k2train.report.records import Record, Run, number, series, warnings
+from k2train.report.records import Record, Run, number, sentence, series, warnings
 from k2train.units import count, duration, memory
 
 # Keys of records that have a chart of their own, or need none.
@@ -30,6 +30,7 @@ KNOWN = {
     *("clipped_heads", "balance_max", "tokens_per_second"),
 }
 SAMPLES = 12  # of a run that are shown, spread evenly
+INCIDENTS = 100  # of a run that are shown, the newest
 LISTED = 24  # entries of a list in an incident
 FEW = 8  # entries up to which a mapping in records is drawn as curves, not as a heat map
 
@@ -66,6 +67,7 @@ def render(runs: Sequence[Run], *, x: str = "step") -> str:
         box=charts,
         x=x,
         listed=LISTED,
+        incidents=[(label, _incidents(run)) for label, run in zip(labels, runs, strict=True) if run.incidents],
     )
 
 
@@ -73,6 +75,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     """Names; with the folder where two are the same."""
     names = [run.name for run in runs]
     return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
+
+
+def _incidents(run: Run) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(name, sentence, contents)."""
+    newest = list(run.incidents.items())[-INCIDENTS:]
+    return [(name, sentence(files.get("incident", {})), files) for name, files in newest]
 
 
 # ---- the table
@@ -100,6 +108,8 @@ def _facts_of(run: Run) -> Iterator[tuple[str, str]]:
         yield f"held out: {name}", f"{_four(found.get('loss'))}, {_four(found.get('bits_per_byte'))} bits per byte"
     for name, size in summary.get("compression", {}).items():
         yield f"bits per byte of {name}", _four(size)
+    if run.incidents:
+        yield "incidents", f"{len(run.incidents):,}"
     yield "steps not applied", f"{sum(record.get('skipped_steps', 0) for record in run.steps):,}"
     logits = [v for v in series(run.steps, "max_logit") if math.isfinite(v)]
     yield "largest max logit", f"{max(logits):.1f}" if logits else "-"

@@ -34,7 +34,8 @@ class Run:
         steps: records of steps, in order.
         validations: records of validations, in order.
         samples: texts written on the way, as ``{"step": ..., "text": ...}``.
-        incidents: by the name of their folder, the contents of their JSON files by name.
+        incidents: by their step, the contents of the JSON files in the folder of each, by name; ``incident`` is the
+            record.
         summary: the result; None if the run is not finished.
         state: in words.
         damaged: lines and files that are none and were left out.
@@ -68,7 +69,7 @@ def read_run(folder: Path) -> Run:
     if not paths.metrics.is_file():
         raise ReportError(f"the run {folder} has no {paths.metrics.name} yet: wait for its first step")
     lines, damaged = read_lines(paths.metrics.read_text(encoding="utf-8", errors="replace"))
-    steps, validations = in_order(lines)
+    steps, validations, strange = in_order(lines)
     if not steps and not validations:
         raise ReportError(f"the run {folder} has recorded nothing yet: wait for its first step")
     samples: list[Record] = []
@@ -78,12 +79,13 @@ def read_run(folder: Path) -> Run:
     last = samples[-1]["step"] if samples else 0
     if paths.sample.is_file() and steps and last < steps[-1]["step"]:
         samples.append({"step": steps[-1]["step"], "text": paths.sample.read_text(encoding="utf-8", errors="replace")})
-    incidents: dict[str, dict[str, Any]] = {}
+    incidents: dict[str, dict[str, Any]] = {str(record["step"]): {"incident": record} for record in strange}
     for path in sorted(paths.incidents.glob("*/*.json")):
         content = _object(path)
         damaged += content is None
         if content is not None:
             incidents.setdefault(path.parent.name, {})[path.stem] = content
+    incidents = dict(sorted(incidents.items(), key=lambda item: (len(item[0]), item[0])))
     summary = _object(paths.summary) if paths.summary.is_file() else None
     if summary and steps and number(summary.get("steps")) < steps[-1]["step"]:
         summary = None  # of the run before it was made longer
@@ -166,20 +168,36 @@ def read_lines(text: str) -> tuple[list[Record], int]:
     return records, damaged
 
 
-def in_order(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """The records of steps and of validations, each in order of steps.
+def in_order(records: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
+    """The records of steps, of validations and of incidents, each in order of steps.
 
     A run that was resumed repeats steps: what it writes of a step replaces what was there of that and of later ones.
     """
     steps: list[Record] = []
     validations: list[Record] = []
+    incidents: list[Record] = []
     for record in records:
-        is_validation = "validation_loss" in record
-        for kept in [validations] if is_validation else [steps, validations]:
+        # An incident comes before the record of its step, and a validation after it.
+        into, replaced = steps, [steps, validations]
+        if is_incident(record):
+            into, replaced = incidents, [incidents]
+        elif is_validation(record):
+            into, replaced = validations, [validations]
+        for kept in replaced:
             while kept and kept[-1]["step"] >= record["step"]:
                 kept.pop()
-        (validations if is_validation else steps).append(record)
-    return steps, validations
+        into.append(record)
+    return steps, validations, incidents
+
+
+def is_validation(record: Record) -> bool:
+    """Whether it is of the loss on held-out text."""
+    return "validation_loss" in record
+
+
+def is_incident(record: Record) -> bool:
+    """Whether it is of a step that was out of the ordinary."""
+    return "incident" in record
 
 
 def series(records: Sequence[Record], key: str) -> list[float]:
@@ -195,15 +213,23 @@ def number(value: Any) -> float:
 def warnings(run: Run) -> Iterator[tuple[int | None, str]]:
     """What a person should look at: (step, sentence)."""
     for record in run.steps:
-        if skipped := record.get("skipped_steps"):
-            yield record["step"], step_warning(skipped)
-    for name in run.incidents:
-        yield None, f"incident {name}"
+        if text := warning(record):
+            yield record["step"], text
+    for name, files in run.incidents.items():
+        yield None, f"incident at {name}: {sentence(files.get('incident', {}))}"
 
 
-def step_warning(skipped: int) -> str:
-    """The sentence on a record with steps that changed nothing."""
-    return f"{skipped} step{'' if skipped == 1 else 's'} not applied: not finite"
+def warning(record: Record) -> str:
+    """What a person should look at in a record; empty if there is nothing."""
+    if skipped := record.get("skipped_steps"):
+        return f"{skipped} step{' was' if skipped == 1 else 's were'} not applied"
+    return sentence(record)
+
+
+def sentence(record: Record) -> str:
+    """What an incident's record says of it."""
+    found = record.get("incident")
+    return str(found.get("sentence", "")) if isinstance(found, dict) else ""
 
 
 def _object(path: Path) -> Mapping[str, Any] | None:

@@ -107,7 +107,7 @@ class Terminal(Hook):
     def after_step(self, step: Step, *, applied: bool) -> None:
         """Keeps a step that was not applied in sight; the sentence that explains it has been said."""
         if not applied:
-            self._warnings.append(f"step {step.number + 1:,} was not applied: not finite")
+            self._warnings.append(f"step {step.number + 1:,} was not applied")
 
     def catch_up(self, steps: Iterable[Mapping[str, Any]], validations: Iterable[Mapping[str, Any]]) -> None:
         """Begins with what was recorded before, of which the last is shown."""

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_runs import make_run, step, validation
+from made_runs import incident, make_run, step, validation
 
 from k2train.cli import main, watch
 from k2train.cli.commands import TRAIN
@@ -31,7 +31,7 @@ def test_a_finished_run_is_shown_and_left(tmp_path, capsys):
     assert main(["watch", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 100/100 | 410k tokens | loss 3.0100")
-    assert "step 100: 1 step not applied: not finite" in lines
+    assert "step 100: 1 step was not applied" in lines
     assert lines[-2:] == ["1 damaged line left out", "r: finished"]
 
 
@@ -71,8 +71,9 @@ def test_it_follows_a_run_that_goes_on_and_ends_with_it(tmp_path, monkeypatch):
         until("step 4: held out")
         os.replace(made(tmp_path / "again", [step(1), step(2, loss=9.0)]) / "metrics.jsonl", folder / "metrics.jsonl")
         until("step   2/100")
-        (folder / "incidents" / "step-00000003").mkdir(parents=True)
-        until("incident step-00000003")
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(incident(3, "the loss is 7.9")) + "\n")
+        until("step 3: the loss is 7.9")
         (folder / "exit_status").write_text("0\n")
     follower.join(timeout=20)
     lines = stream.getvalue().splitlines()

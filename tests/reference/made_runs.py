@@ -38,6 +38,11 @@ def validation(number, **changes):
     return plain | changes
 
 
+def incident(number, sentence):
+    found = {"action": "logged", "sentence": sentence, "findings": [{"signal": "loss", "value": 7.9}]}
+    return {"step": number, "tokens": 4096 * number, "incident": found}
+
+
 def make_run(folder: Path, records, *, torn="", samples=(), incidents=None, summary=None, status=None, **settings):
     """Writes a run; ``incidents`` is {folder: {file: content}}."""
     folder.mkdir(parents=True)
@@ -86,8 +91,9 @@ def long_run(folder: Path, *, steps=1000, spike_at=700, **changes):
         records,
         samples=[{"step": n, "text": f"{hostile} at {n}"} for n in range(100, steps + 1, 100)],
         incidents={
-            f"step-{spike_at:08}": {
-                "incident": {"step": spike_at, "kind": "loss", "documents": [{"origin": "a.py", "text": hostile}]}
+            str(spike_at): {
+                "incident": incident(spike_at, hostile),
+                "documents": {"documents": [{"origin": "a.py", "text": hostile}]},
             }
         },
         **changes,

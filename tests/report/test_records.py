@@ -2,7 +2,7 @@ import fcntl
 import json
 
 import pytest
-from made_runs import make_run, step, validation
+from made_runs import incident, make_run, step, validation
 
 from k2train.report import ReportError, read_run
 from k2train.report.records import in_order, read_lines, run_state, warnings
@@ -10,7 +10,8 @@ from k2train.report.records import in_order, read_lines, run_state, warnings
 
 def read(records, *, torn=""):
     lines, damaged = read_lines("".join(json.dumps(record) + "\n" for record in records) + torn)
-    return (*in_order(lines), damaged)
+    steps, validations, _ = in_order(lines)
+    return steps, validations, damaged
 
 
 def numbers(records):
@@ -92,5 +93,8 @@ def test_a_summary_of_fewer_steps_is_of_the_run_before_it_was_made_longer(tmp_pa
 
 
 def test_steps_that_were_not_applied_and_incidents_are_warned_of(tmp_path):
-    run = read_run(make_run(tmp_path / "r", [step(1), step(2, skipped_steps=2)], incidents={"step-1": {"a": {}}}))
-    assert list(warnings(run)) == [(2, "2 steps not applied: not finite"), (None, "incident step-1")]
+    records = [incident(1, "old"), step(1), incident(1, "the loss is 7.9"), step(1), step(2, skipped_steps=2)]
+    run = read_run(make_run(tmp_path / "r", records, incidents={"1": {"more": {"a": 1}}}))
+    assert list(warnings(run)) == [(2, "2 steps were not applied"), (None, "incident at 1: the loss is 7.9")]
+    assert run.incidents == {"1": {"incident": records[2], "more": {"a": 1}}}
+    assert numbers(run.steps) == [1, 2]

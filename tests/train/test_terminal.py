@@ -188,7 +188,7 @@ def test_the_panel_shows_everything_within_eighty_columns(on_a_terminal):
     for text in ("tokens", "164k", "81.9k", "8.00e-03", "max logit", "23.4", "clipped heads", "grad norm", "0.41"):
         assert text in panel
     assert re.search(r"│ loss ▁+ +│", panel)
-    assert "│ step 21 was not applied: not finite " in panel
+    assert "│ step 21 was not applied " in panel
     assert "a sentence\n" in text_of(screen)
     assert "step 20: held out 1.6000 bits/byte (loss 3.3000)\n" in text_of(screen)
     assert "noise" not in screen
