@@ -21,8 +21,7 @@ from k2train.report.records import (
     read_config,
     read_lines,
     run_state,
-    sentence,
-    skipped_warning,
+    warning,
 )
 from k2train.status import OK
 from k2train.train.phases import build_plan
@@ -76,11 +75,9 @@ def watch(folder: Path, stream: TextIO) -> None:
                 done, validations, _ = in_order(records)
                 elapsed = done[-1]["elapsed"] if done else 0.0
                 terminal.catch_up(done, validations)
-            strange = [record for record in records if record.get("skipped_steps") or is_incident(record)]
-            for record in strange[-FIRST:] if anew else strange:
-                terminal.warn(
-                    f"step {record['step']:,}: {sentence(record) or skipped_warning(record['skipped_steps'])}"
-                )
+            strange = [(record["step"], found) for record in records if (found := warning(record))]
+            for step, found in strange[-FIRST:] if anew else strange:
+                terminal.warn(f"step {step:,}: {found}")
             for record in () if anew else records:
                 if is_validation(record):
                     terminal.validation(record)
