@@ -1,8 +1,8 @@
 """The report: one HTML page on one run or several side by side, which needs nothing but itself.
 
 The charts are SVG that is made here and shown without a script; fifty lines of it read values off under the pointer.
-A charting library would draw more than is needed and weigh more than the run: plotly.js is 4.7 MB a page, the page of
-a run of any length about 0.3 MB. Text goes through Jinja's escaping, and a content security policy forbids the page to
+A charting library would draw more than is needed and weigh more than the run: plotly.js is 4.8 MB a page, the page of
+a run of any length less than 0.4 MB. Text goes through Jinja's escaping, and a content security policy forbids the page to
 load anything.
 """
 
