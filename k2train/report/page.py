@@ -2,8 +2,8 @@
 
 The charts are SVG that is made here and shown without a script; fifty lines of it read values off under the pointer.
 A charting library would draw more than is needed and weigh more than the run: plotly.js is 4.8 MB a page, the page of
-a run of any length less than 0.4 MB. Text goes through Jinja's escaping, and a content security policy forbids the page to
-load anything.
+a run of any length less than 0.4 MB. Text goes through Jinja's escaping, and a content security policy forbids the page
+to load anything.
 """
 
 from __future__ import annotations
