@@ -34,7 +34,6 @@ __all__ = [
     "newest_checkpoint",
     "open_checkpoint",
     "prune",
-    "read_best",
     "save_checkpoint",
     "steps",
 ]

@@ -42,14 +42,16 @@ def run(config: RunConfig) -> int:
 
     Raises:
         ConfigError: the config does not fit this number of processes, the schedule's parts do not fit together, a hook
-            is none, or the run of this name has other settings.
+            is none, a step to profile is not there, or the run of this name has other settings.
         OSError: the run's folder cannot be written, or another process trains in it.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     paths = RunPaths(Path(config.runs_dir).expanduser() / config.name)
     if faults := [*config.check_world(world_size), *_other_settings(config, paths)]:
         raise ConfigError(faults)
-    build_plan(config)
+    steps = build_plan(config).steps
+    if late := [step for step in config.profile.steps if step > steps]:
+        raise ConfigError([f"profile.steps names {late}, but the run ends with step {steps}: name steps that it has"])
     own = own_hooks(config.train.hooks)
     if (summary := _finished(config, paths)) is not None:
         if rank == 0:

@@ -1,6 +1,14 @@
 """Processes: which one this is, which others there are, and what they tell each other."""
 
-from k2train.comm.exchange import FailedTogether, gather_json, start_max, sum_across, together
+from k2train.comm.exchange import (
+    FailedTogether,
+    gather_json,
+    pack_json,
+    start_max,
+    sum_across,
+    together,
+    unpack_json,
+)
 from k2train.comm.first import main_first
 from k2train.comm.world import World, close_world, open_store, open_world
 
@@ -12,7 +20,9 @@ __all__ = [
     "main_first",
     "open_store",
     "open_world",
+    "pack_json",
     "start_max",
     "sum_across",
     "together",
+    "unpack_json",
 ]

@@ -57,7 +57,7 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[A
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [json.loads(json.dumps(value))]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    data = pack_json(value)
     lengths = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     lengths[dist.get_rank()] = len(data)
     dist.all_reduce(lengths, group=group)
@@ -65,7 +65,17 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[A
     padded[: len(data)] = data
     received = [torch.empty_like(padded) for _ in range(len(lengths))]
     dist.all_gather(received, padded, group=group)
-    return [json.loads(bytes(part[:length].numpy())) for part, length in zip(received, lengths.tolist(), strict=True)]
+    return [unpack_json(part[:length]) for part, length in zip(received, lengths.tolist(), strict=True)]
+
+
+def pack_json(value: Any) -> torch.Tensor:
+    """A value that is fit for JSON as bytes (uint8, 1-D)."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def unpack_json(packed: torch.Tensor) -> Any:
+    """The inverse of ``pack_json``."""
+    return json.loads(bytes(packed.numpy()))
 
 
 @contextmanager

@@ -40,25 +40,27 @@ class Hook:
         """The loss on held-out text, as in metrics.jsonl."""
 
     def saved(self, step: int) -> None:
-        """The state after so many steps has been taken for a checkpoint, which is published in a moment."""
+        """The checkpoint of so many steps is whole on the disk; with an asynchronous save, some steps later."""
 
     def finish(self, *, failed: bool) -> None:
         """After the last step of this start, or the exception that ended it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next start of the run needs, fit for JSON; that of rank 0 goes into the checkpoint."""
+        """What the next start of the run needs, fit for JSON; each rank's goes into the checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave, before ``start``, on every rank."""
+        """Takes back, before ``start``, what ``state_dict`` gave on this rank; on rank 0 where there were others."""
 
 
 def own_hooks(paths: Sequence[str]) -> list[Hook]:
     """The hooks that ``train.hooks`` names, constructed.
 
     Raises:
-        ConfigError: a path leads nowhere, or to something that is no hook.
+        ConfigError: a path leads nowhere, or to something that is no hook, or is there twice.
     """
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise ConfigError([f"train.hooks names {twice} twice: a checkpoint keeps one state of it, so name it once"])
     return [_load(path)() for path in paths]
 
 

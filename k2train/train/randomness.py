@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Any
 
 import numpy as np
 import torch
+
+from k2train.comm import pack_json, unpack_json
 
 
 def seed_generators(seed: int, *, rank: int, step: int) -> None:
@@ -27,12 +28,12 @@ def generator_states(device: torch.device) -> torch.Tensor:
     }
     if device.type == "cuda":
         states["cuda"] = bytes(torch.cuda.get_rng_state(device).numpy()).hex()
-    return torch.frombuffer(bytearray(json.dumps(states).encode()), dtype=torch.uint8)
+    return pack_json(states)
 
 
 def set_generator_states(packed: torch.Tensor, device: torch.device) -> None:
     """The inverse of ``generator_states``; a GPU that was not there then keeps its own."""
-    states = json.loads(bytes(packed.numpy()))
+    states = unpack_json(packed)
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(states["numpy"]))

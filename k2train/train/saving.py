@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from k2train.checkpoint import (
     steps,
 )
 from k2train.comm import World, start_max, together
-from k2train.comm.world import TIMEOUT
 from k2train.config import RESUME, RunConfig, changed_settings, refuse_changes, to_dict
 from k2train.data import DataError
 from k2train.train.errors import RunError
@@ -48,6 +48,7 @@ class Saver:
         machine: Mapping[str, Any],
         world: World,
         say: Callable[[str], None],
+        published: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Touches nothing yet.
 
@@ -58,12 +59,15 @@ class Saver:
             machine: what may change the rounding of the run, from ``describe_machine``.
             world: the processes of the run.
             say: tells the person a sentence.
+            published: is told the step of each checkpoint that has become whole, by all ranks at the same place.
         """
         self.state, self.config, self.folder, self.machine = state, config, folder, machine
-        self.world, self.say = world, say
+        self.world, self.say, self._published = world, say, published
+        self._in_flight: int | None = None
         self._copy, self._background = HostCopy(), Background()
         # The thread that writes agrees with those of other ranks while the main threads talk of something else.
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        limit = timedelta(seconds=2 * config.faults.hang_after)  # as of the main ones
+        self._group = dist.new_group(backend="gloo", timeout=limit) if world.size > 1 else None
 
     # ---- saving
 
@@ -106,8 +110,10 @@ class Saver:
 
         if checkpoint.asynchronous:
             self._background.start(write)
+            self._in_flight = step
         else:
             write()
+            self._published(step)
 
     def check(self) -> None:
         """Raises what went wrong with the save in flight once all ranks are through with it; to be called each step.
@@ -123,7 +129,15 @@ class Saver:
 
     def wait(self) -> None:
         """Returns once the checkpoint in flight, if one is, has been published. Raises as ``check`` does."""
+        step, self._in_flight = self._in_flight, None
         self._background.wait()
+        if step is not None:
+            self._published(step)
+
+    def mark_best(self, step: int) -> None:
+        """Names the best checkpoint, if it is there: a kill may have come between its publication and its mark."""
+        if self.world.main and folder_of(self.folder, step).exists():
+            mark_best(self.folder, step)
 
     # ---- going on
 

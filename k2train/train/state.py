@@ -16,7 +16,7 @@ from muonclip import MuonClip, QKClip
 from muonclip.plan import Piece
 
 from k2train.checkpoint import Checkpoint, CheckpointError, Interval
-from k2train.comm import World
+from k2train.comm import World, pack_json, unpack_json
 from k2train.data import TrainStream
 from k2train.model import Transformer
 from k2train.train import zero
@@ -93,12 +93,17 @@ class RunState:
         return shapes(self.model, self.roles, self.experts)
 
     def intervals(self) -> list[Interval]:
-        """What this rank writes of the global tensors. Router biases are the same everywhere: rank 0 writes them."""
+        """What this rank writes of the global tensors, and what it keeps of its own.
+
+        Router biases are the same everywhere: rank 0 writes them. Its hooks' state is in ``state_dict``.
+        """
         found = list(intervals(self.held, self.optimizer, self.roles, self.experts))
+        own = _rank_name(self.world)
         if self.world.main:
             found += [Interval(name, "buffer", 0, bias) for name, bias in router_biases(self.model)]
-        generators = generator_states(self.world.device)
-        return [*found, Interval(_rank_name(self.world), "generators", 0, generators)]
+        else:
+            found.append(Interval(own, "hooks", 0, pack_json(self._hook_states())))
+        return [*found, Interval(own, "generators", 0, generator_states(self.world.device))]
 
     def state_dict(self) -> dict[str, Any]:
         """All else that decides the future, fit for JSON."""
@@ -108,7 +113,7 @@ class RunState:
             "qk_clip": {name: scales.tolist() for name, scales in self.clip.state_dict().items()},
             "vocab_size": self.vocab_size,
             "data": self.stream.state_dict(self.next_sample),
-            "hooks": {name: hook.state_dict() for name, hook in self.hooks.items()},
+            "hooks": self._hook_states(),
         }
 
     def load(self, checkpoint: Checkpoint, *, same_world: bool, seed: int) -> None:
@@ -117,7 +122,7 @@ class RunState:
         Args:
             checkpoint: of the same model.
             same_world: whether it was written by as many processes; else the random generators, which belong to a
-                process, begin anew.
+                process, begin anew, and all hooks take the state of rank 0's.
             seed: that they then begin with.
 
         Raises:
@@ -133,13 +138,19 @@ class RunState:
             setattr(self.progress, each.name, getattr(progress, each.name))
         self.engine.global_steps = self.progress.step
         self.engine.global_samples = self.next_sample
-        for name, hook in self.hooks.items():
-            if name in saved["hooks"]:
-                hook.load_state_dict(saved["hooks"][name])
+        states, own = saved["hooks"], _rank_name(self.world)
         if same_world:
-            set_generator_states(checkpoint.reader.read(_rank_name(self.world), "generators"), self.world.device)
+            set_generator_states(checkpoint.reader.read(own, "generators"), self.world.device)
+            if not self.world.main:
+                states = unpack_json(checkpoint.reader.read(own, "hooks"))
         else:
             seed_generators(seed, rank=self.world.rank, step=self.progress.step)
+        for name, hook in self.hooks.items():
+            if name in states:
+                hook.load_state_dict(states[name])
+
+    def _hook_states(self) -> dict[str, Any]:
+        return {name: hook.state_dict() for name, hook in self.hooks.items()}
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Takes over the weights and router biases of a checkpoint, and nothing else.

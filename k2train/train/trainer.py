@@ -156,9 +156,11 @@ class Trainer:
             machine=describe_machine(config, world=world, precision=self.precision, threads=self.threads),
             world=world,
             say=say,
+            published=self._published,
         )
         self._introduce()
         self.saver.resume()
+        self.saver.mark_best(self.best.step)
 
     # ---- what the loop does
 
@@ -239,10 +241,14 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the present step; called by all ranks together."""
+        self.saver.wait()  # it may decide what is the best so far
         self.meter.fold()
         self.saver.save(best=self.best.claims(self.progress.step))
+
+    def _published(self, step: int) -> None:
+        self.best.saved(step)
         for hook in self.hooks:
-            hook.saved(self.progress.step)
+            hook.saved(step)
 
     # ---- data
 

@@ -20,8 +20,9 @@ import platform
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from k2train.config import RunConfig
 from k2train.data import open_dataset
 from k2train.model import build_model
 from k2train.paths import RunPaths
+from k2train.train.hooks import Hook
 from k2train.train.quiet import import_deepspeed
 from k2train.train.trainer import Trainer
 from tests.distributed.plain import Layout, config_of, prepared, write_text
@@ -79,12 +81,12 @@ def _name(layout: Layout) -> str:
 
 def valid() -> list[Layout]:
     """World 1, 2, 4 x expert parallelism 1, 2, 4 x stage 1, 2, 3, without what is refused."""
-    return [layout for layout in _all() if not list(_refusals(layout))]
+    return [layout for layout in _all() if not _refusals(layout)]
 
 
 def refused() -> list[tuple[Layout, str]]:
     """The others, and why."""
-    return [(layout, " ".join(_refusals(layout))) for layout in _all() if list(_refusals(layout))]
+    return [(layout, " ".join(_refusals(layout))) for layout in _all() if _refusals(layout)]
 
 
 def _all() -> Iterator[Layout]:
@@ -92,10 +94,11 @@ def _all() -> Iterator[Layout]:
         yield Layout(processes, expert_parallel, stage)
 
 
-def _refusals(layout: Layout) -> Iterator[str]:
+@cache
+def _refusals(layout: Layout) -> tuple[str, ...]:
     config = config_of(Path("."), dataclasses.replace(layout, expert_parallel=1))
     parallel = dataclasses.replace(config.parallel, expert_parallel=layout.expert_parallel)
-    yield from dataclasses.replace(config, parallel=parallel).check_world(layout.processes)
+    return tuple(dataclasses.replace(config, parallel=parallel).check_world(layout.processes))
 
 
 AXES = ("processes", "expert_parallel", "zero_stage")
@@ -147,16 +150,35 @@ def _saved(folder: Path, job: Job, step: int = SAVED) -> Path:
     return folder_of(RunPaths(folder / "runs" / job.name).checkpoints, step)
 
 
+class Place(Hook):
+    """Remembers the rank that it was on."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.before = rank, -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rank."""
+        return {"rank": self.rank}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What it was."""
+        self.before = state["rank"]
+
+
 def carry_out(job: Job, folder: Path, world: World) -> None:
     """A job, by all processes together."""
     paths = RunPaths(folder / "runs" / job.name)
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     config = config_for(job, folder)
-    trainer = Trainer(config, prepared(folder), world=world, paths=paths, say=lambda text: None)
+    place = Place(world.rank)
+    trainer = Trainer(config, prepared(folder), world=world, paths=paths, say=lambda text: None, hooks=[place])
     assert trainer.progress.step == (0 if job.source is None else SAVED)
+    if job.source is not None:  # each rank has its own back, or where there were others that of rank 0
+        assert place.before == (world.rank if job.source.processes == world.size else 0)
     while trainer.progress.step < SAVED:
         trainer.step()
-    trainer.record()
+    if job.source is None:  # else there is nothing to tell yet
+        trainer.record()
     trainer.save()
     records = []
     for _ in range(MORE):
@@ -244,9 +266,16 @@ def compare(job: Job, folder: Path, start: dict[str, Tensor]) -> Result:
 
 
 def same_state(a: Checkpoint, b: Checkpoint, *, generators: bool) -> bool:
-    """Whether all tensors of two checkpoints are the same to the last bit, and the numbers beside them."""
+    """Whether all tensors of two checkpoints are the same to the last bit, and the numbers beside them.
+
+    Args:
+        a: one of them.
+        b: the other.
+        generators: also what each process keeps of its own, its random generators and its hooks' state.
+    """
     tensors = [
-        {name for name in each.manifest.tensors if generators or not name.endswith("/generators")} for each in (a, b)
+        {name for name in each.manifest.tensors if generators or not name.endswith(("/generators", "/hooks"))}
+        for each in (a, b)
     ]
     if tensors[0] != tensors[1] or len(tensors[0]) < 50:
         return False

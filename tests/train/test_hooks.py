@@ -36,11 +36,12 @@ def test_hooks_are_named_by_dotted_path():
         (f"{__name__}.Theirs", "which cannot be imported"),
         ("Mine", "which cannot be imported"),
         (f"{__name__}.NoHook", "which is no subclass of k2train.train.hooks.Hook"),
+        (f"{__name__}.Mine,{__name__}.Mine", "Mine twice: a checkpoint keeps one state of it"),
     ],
 )
 def test_what_is_no_hook_is_refused(path, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        own_hooks([path])
+        own_hooks(path.split(","))
 
 
 def test_the_best_checkpoint():
@@ -49,14 +50,25 @@ def test_the_best_checkpoint():
     best.note(10, 2.0)
     assert not best.claims(15)  # of another step
     assert best.claims(10)
+    assert best.claims(10)  # once more, as the disk has refused
+    assert best.step == 0
+    best.saved(10)
+    assert best.step == 10
     best.note(20, 2.5)
     assert not best.claims(20)
+    best.saved(20)
+    best.note(25, 1.95)
+    assert best.claims(25)
+    assert best.state_dict()["step"] == 25  # what is saved knows of itself
+    best.note(26, 2.2)  # that save has failed
+    assert not best.claims(26)
     again = Best()
     again.load_state_dict(best.state_dict())
     again.note(30, math.nan)
     assert not again.claims(30)
     again.note(40, 1.9)
     assert again.claims(40)
+    assert again.step == 10
 
 
 def filled(meter, values):

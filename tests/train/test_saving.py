@@ -159,16 +159,24 @@ def saving_beside_training_changes_nothing() -> None:
     for asynchronous in (True, False):
         trainer, _ = run(f"asynchronous-{asynchronous}", group="checkpoint", asynchronous=asynchronous, keep=9)
         trainer.state.hooks = {"counter": (hook := Counter())}
+        trainer.saver._published = (published := []).append
         for count in range(3):
             hook.count = count
             train(trainer, 1, save=False)
             trainer.saver.save(best=count == 1)
             assert trainer.saver._background.busy == asynchronous
+            assert published == list(range(1, count + (1 if asynchronous else 2)))  # as soon as it is, and told once
         trainer.saver.wait()
+        trainer.saver.check()
+        assert published == [1, 2, 3]
         found[asynchronous] = trainer.saver.folder
         hook.count = 99
         trainer.state.load(open_checkpoint(folder_of(trainer.saver.folder, 2)), same_world=True, seed=0)
         assert hook.count == 1
+        assert (trainer.saver.folder / "best").read_text() == "step-00000002\n"
+        (trainer.saver.folder / "best").unlink()
+        for step in (2, 4):  # of which there is none
+            trainer.saver.mark_best(step)
         assert (trainer.saver.folder / "best").read_text() == "step-00000002\n"
     for step in (1, 2, 3):
         names = {f"rank-{0:05d}.safetensors", "segments.safetensors"}
@@ -187,8 +195,9 @@ def a_save_that_fails_is_raised_at_the_next_step_and_may_be_tried_again() -> Non
     with pytest.raises(SaveError, match="step 1 was not saved: /disk: the disk is full"):
         trainer.saver.check()
     trainer.saver.check()  # once
+    trainer.saver._published = (published := []).append
     train(trainer, 1)
-    assert steps(trainer.saver.folder) == [2]
+    assert steps(trainer.saver.folder) == published == [2]
 
 
 def nothing_is_unpickled() -> None:
