@@ -43,6 +43,13 @@ def test_a_list_of_patterns():
     ]
 
 
+def test_a_group_of_any_names():
+    words = ["data=mixture", "data.weights={library:3,own:1.5}", "schedule.phases={a:{steps:2,weights:{own:1}}}"]
+    config = compose(TRAIN, words)
+    assert config["data"]["weights"] == {"library": 3, "own": 1.5}
+    assert config["schedule"]["phases"] == {"a": {"steps": 2, "weights": {"own": 1}}}
+
+
 def test_a_group_that_is_null_can_be_given_members():
     scaling = compose(TRAIN, ["model.rope_scaling={factor:32,beta_fast:1}", "model.rope_scaling.mscale=1"])
     assert scaling["model"]["rope_scaling"] == {"factor": 32, "beta_fast": 1, "mscale": 1}

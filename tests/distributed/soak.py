@@ -11,6 +11,7 @@ is the steps since the newest checkpoint that was published, and after a SIGTERM
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -40,6 +41,7 @@ PATIENCE = 600.0  # seconds for anything to happen
 LIVELY = ("optim.lr=0.01", "optim.tau=0.1", "optim.clip_grad_norm=0.5", "schedule.warmup_steps=2", "track.log_every=2")
 LONG = (*LIVELY, "schedule.steps=70", "checkpoint.every=5", "validate.every=9", "parallel.expert_parallel=2")
 INTRODUCED = "training tokens"  # ends what a run says of itself before its first step
+RECORD = " tokens/s"  # in each line of two steps
 
 
 @dataclass
@@ -105,8 +107,22 @@ class Struck:
     def pids(self) -> list[int]:
         """The newest process of each rank."""
         logs = [self.root / "logs" / f"rank-{rank}.log" for rank in range(2)]
-        found = [re.findall(r"==== started .* pid (\d+) ====", log.read_text(errors="replace")) for log in logs]
-        return [int(pids[-1]) for pids in found]
+        texts = [log.read_text(errors="replace") for log in logs if log.exists()]
+        found = [re.findall(r"==== started .* pid (\d+) ====", text) for text in texts]
+        return [int(pids[-1]) for pids in found if pids]
+
+    def started(self, *, apart_from: Container[int]) -> bool:
+        """Whether both ranks are there and are others than those of an earlier start."""
+        pids = self.pids()
+        return len(pids) == 2 and all(pid not in apart_from and Path(f"/proc/{pid}").exists() for pid in pids)
+
+    def partials(self) -> set[tuple[str, int]]:
+        """Checkpoints that are being written, or whose writing was broken off: names and times."""
+        found = set()
+        for path in (self.root / "checkpoints").glob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path.name, path.stat().st_mtime_ns))
+        return found
 
     def records(self) -> list[dict[str, Any]]:
         path = self.root / "metrics.jsonl"
@@ -157,11 +173,11 @@ def until(run: Struck, happened: Any) -> bool:
     return True
 
 
-def strike(run: Struck, blow: Strike, draw: random.Random, *, starts: int) -> bool:
-    """Waits for the moment and strikes; False if the run has ended before. ``starts``: of rank 0, before this one."""
-    if not until(run, lambda: run.starts() > starts):
+def strike(run: Struck, blow: Strike, draw: random.Random, *, struck: Container[int]) -> bool:
+    """Waits for the moment and strikes; False if the run has ended before. ``struck``: processes that were before."""
+    if not until(run, lambda: run.started(apart_from=struck)):
         return False
-    logged, introduced = run.step(), run.output().count(INTRODUCED)
+    logged, introduced, leftover = run.step(), run.output().count(INTRODUCED), run.partials()
     if blow.moment == "at the start":
         time.sleep(draw.uniform(0, 4))
     elif blow.moment == "in the first step":
@@ -169,11 +185,11 @@ def strike(run: Struck, blow: Strike, draw: random.Random, *, starts: int) -> bo
             return False
         time.sleep(draw.uniform(0, 0.3))
     elif blow.moment == "some steps later":
-        resumed, more = run.published(), draw.randint(1, 4)  # the log is cut to where the run goes on
-        if not until(run, lambda: run.output().count(INTRODUCED) > introduced and run.step() >= resumed + more):
+        told, more = run.output().count(RECORD), draw.randint(1, 2)
+        if not until(run, lambda: run.output().count(RECORD) >= told + more):
             return False
     else:
-        if not until(run, lambda: any((run.root / "checkpoints").glob("*.partial"))):
+        if not until(run, lambda: run.partials() - leftover):
             return False
         time.sleep(draw.uniform(0, 0.03))
     assert run.process is not None
@@ -201,14 +217,13 @@ def blows(number: int, draw: random.Random) -> list[Strike]:
 
 def soak(run: Struck, planned: Sequence[Strike], draw: random.Random) -> None:
     """Lets the run be struck, started again by torchrun or, where that has ended, by its command, and end."""
-    starts = 0
+    struck: set[int] = set()
     process = run.start()
     for number, blow in enumerate(planned):
-        while not strike(run, blow, draw, starts=starts):
+        while not strike(run, blow, draw, struck=struck):
             assert process.wait(PATIENCE), f"it ended before strike {number + 1} of {len(planned)}: give it more steps"
-            starts = run.starts()
             process = run.start()
-        starts = run.starts()
+        struck.update(run.pids())
     for _ in range(2):
         if process.wait(PATIENCE) == 0:
             break

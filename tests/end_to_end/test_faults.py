@@ -1,6 +1,7 @@
 """Faults of real runs: what is saved, what the launcher learns, what the person reads (docs/faults.md)."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -46,12 +47,16 @@ def test_a_signal_saves_and_a_second_start_meanwhile_is_refused(runner):
     assert (runner.runs / "asked" / "exit_status").read_text() == "75\n"
 
 
+# The start may take long on a busy machine: the limit is lowered once the run trains.
 HANGING = """
 import time
+from k2train.train import watchdog
 from k2train.train.hooks import Hook
 class Hanging(Hook):
     def after_step(self, step, *, applied):
         if step.number == 2:
+            assert watchdog._current.limit == 100
+            watchdog._current.limit = 4
             time.sleep(1000)
 """
 
@@ -59,11 +64,11 @@ class Hanging(Hook):
 def test_a_run_that_hangs_leaves_its_stacks_and_goes(runner, monkeypatch):
     (runner.folder / "hanging.py").write_text(HANGING)
     monkeypatch.setattr(type(runner), "environment", with_path(runner, runner.folder))
-    result = runner.run("hangs", *LONG, "train.hooks=[hanging.Hanging]", "faults.hang_after=12")
+    result = runner.run("hangs", *LONG, "train.hooks=[hanging.Hanging]", "faults.hang_after=100")
     assert result.returncode == 124, result.stderr
     assert "Traceback" not in result.stderr
     stacks = runner.runs / "hangs" / "logs" / "rank-0.stacks"
-    assert re.search(rf"rank 0 of 1 hangs: nothing went on for 1\ds in step 3.*stacks.* in {stacks}", result.stderr)
+    assert re.search(rf"rank 0 of 1 hangs: nothing went on for [\d.]+s in step 3.*stacks.* in {stacks}", result.stderr)
     assert "hanging.py" in stacks.read_text()
 
 
@@ -96,13 +101,15 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(runner, small_disk):
         while True:
             file.write(bytes(4096))
     assert shutil.disk_usage(small_disk).free == 0
-    time.sleep(3)
-    ballast.unlink()
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    out = ""
+    for line in process.stdout:
+        out += line
+        if "saves again at" in line:
+            ballast.unlink(missing_ok=True)
+    assert process.wait(60) == 0, process.stderr.read()
     assert "the disk is full" in out
     assert re.search(r"the checkpoint of step \d+ was not saved: .*; the run goes on, and saves again at step \d+", out)
-    assert log.read_text().count('"loss"') == 60
+    assert [record["step"] for record in map(json.loads, log.read_text().splitlines())] == [*range(1, 61), 60]
     assert (root / "summary.json").exists()
 
 
@@ -157,7 +164,7 @@ def test_slurms_signal_by_way_of_torchrun(runner):
 
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_once_saves_and_twice_leaves_at_once(runner, processes):
+def test_ctrl_c_saves(runner, processes):
     name = f"ctrl-c-{processes}"
     process = runner.start(name, *LONG, processes=processes)
     until(lambda: len(runner.losses(name)) >= 3, process)
