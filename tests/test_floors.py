@@ -43,6 +43,7 @@ ONLY_IN = {
 WITHOUT_TORCH = [
     "k2train.config",
     "k2train.lock",
+    "k2train.monitor",
     "k2train.paths",
     "k2train.status",
     "k2train.units",

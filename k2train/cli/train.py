@@ -131,6 +131,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     beat("starting DeepSpeed")
     import_deepspeed(config.train.device)
     from k2train.cli.samples import Samples
+    from k2train.train.incidents import Incidents
     from k2train.train.metrics import MetricsFile
     from k2train.train.profile import Profiler
     from k2train.train.terminal import Terminal
@@ -147,7 +148,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     hooks = [terminal, samples, Profiler(config.profile.steps, paths.profile), *own]
     if world.main:
         tracker = Tracker(config.track, to_dict(config), folder=paths.root, name=config.name, say=terminal.say)
-        hooks += [MetricsFile(paths.metrics, say=terminal.say), tracker]
+        hooks += [MetricsFile(paths.metrics, say=terminal.say), Incidents(paths.incidents, say=terminal.say), tracker]
     trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say, hooks=hooks)
     with terminal, signals.deferred():
         result = trainer.train(received=lambda: signals.received)

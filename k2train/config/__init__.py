@@ -7,6 +7,7 @@
 from k2train.config.compare import Change, changed_settings, leaves, refuse_changes
 from k2train.config.data import DataConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
+from k2train.config.monitor import InjectConfig, MonitorConfig
 from k2train.config.parse import ConfigError, parse, to_dict
 from k2train.config.schedule import PhaseConfig, RopeScalingConfig, ScheduleConfig
 from k2train.config.schema import (
@@ -37,7 +38,9 @@ __all__ = [
     "DataConfig",
     "FaultsConfig",
     "GenerateConfig",
+    "InjectConfig",
     "ModelConfig",
+    "MonitorConfig",
     "OptimConfig",
     "OrderConfig",
     "ParallelConfig",

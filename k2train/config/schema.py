@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from k2train.config.data import DataConfig
 from k2train.config.keys import find_key, suggest_key
+from k2train.config.monitor import InjectConfig, MonitorConfig
 from k2train.config.rules import rule
 from k2train.config.schedule import RopeScalingConfig, ScheduleConfig
 
@@ -262,6 +263,8 @@ class RunConfig:
     validate: ValidateConfig = rule()
     checkpoint: CheckpointConfig = rule()
     faults: FaultsConfig = rule()
+    monitor: MonitorConfig = rule()
+    inject: InjectConfig = rule()
     track: TrackConfig = rule()
     generate: SampleConfig = rule()
     profile: ProfileConfig = rule()

@@ -31,10 +31,13 @@ class Hook:
         """Before a step; ``step.number`` counts from 0."""
 
     def after_step(self, step: Step, *, applied: bool) -> None:
-        """After it; ``applied`` is False if it was not finite and changed nothing."""
+        """After it; ``applied`` is False if the update was refused and changed nothing."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """The metrics of the steps since the last record, as in metrics.jsonl; every ``track.log_every`` steps."""
+
+    def incident(self, record: Mapping[str, Any]) -> None:
+        """A step was out of the ordinary, as in metrics.jsonl; after its ``after_step``. See docs/monitor.md."""
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """The loss on held-out text, as in metrics.jsonl."""

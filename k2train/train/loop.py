@@ -47,6 +47,9 @@ def run_loop(trainer: Trainer, hooks: Sequence[Hook], *, received: Callable[[], 
             proof.check(applied=applied)
             for hook in hooks:
                 hook.after_step(step, applied=applied)
+            if trainer.incident is not None:
+                for hook in hooks:
+                    hook.incident(trainer.incident)
             last = progress.step == plan.steps
             if last or _due(progress.step, config.track.log_every):
                 record = trainer.record()

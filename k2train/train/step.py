@@ -5,8 +5,8 @@ Shapes: B sequences of a micro-batch, T tokens, L layers, H heads, E experts.
 The loss is the mean over all tokens of the global batch that are to be predicted, wherever they lie: each rank sums the
 loss of its tokens and divides by the global number, so that neither micro-batches nor processes have a weight of their
 own. A step with a NaN or an infinity anywhere (a loss, a largest logit, a gradient, on one rank alone) is applied on no
-rank and leaves no trace in weights, momenta, moments, router biases or the clip's state. What moves on is the step's
-number, and with it the data and the learning rate.
+rank and leaves no trace in weights, momenta, moments, router biases or the clip's state. So it is with one that the
+monitor refuses. What moves on is the step's number, and with it the data and the learning rate.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import deepspeed
 import torch
@@ -24,8 +25,10 @@ from torch import Tensor
 from k2train.comm import World, sum_across
 from k2train.data.reader import Batch
 from k2train.model import Transformer, update_bias
+from k2train.monitor import Decision, Finding, Monitor
 from k2train.train.metrics import Meter
 from k2train.train.phases import Step
+from k2train.train.veto import deciding
 from k2train.train.watchdog import beat
 from k2train.train.zero import forget_gradients
 
@@ -42,8 +45,8 @@ class Stepper:
         *,
         samples: Callable[[range], Batch],
         meter: Meter,
+        monitor: Monitor,
         world: World,
-        say: Callable[[str], None],
     ) -> None:
         """Joins what a step needs.
 
@@ -54,19 +57,19 @@ class Stepper:
             clip: gathers the largest logits, also where nothing is clipped.
             samples: gives those of a range of numbers: tokens, labels, and where documents begin if that matters.
             meter: is told what happened.
+            monitor: may refuse an update.
             world: the run's processes.
-            say: tells the person a sentence.
         """
         self.engine, self.model, self.optimizer, self.clip = engine, model, optimizer, clip
-        self._samples, self._meter = samples, meter
-        self._world, self._say = world, say
+        self._samples, self._meter, self._monitor, self._world = samples, meter, monitor, world
+        self._decision: Decision | None = None  # of the monitor, on the step under way
         self._rate = model.config.router_bias_rate
         self._attention = [layer for _, layer in model.attention_layers()]
         self._gates = [moe.gate for _, moe in model.moe_layers()]
         self._shape: tuple[int, int, int] | None = None  # of the last step: phase, samples, sequences of a micro-batch
 
-    def take(self, step: Step, *, before_update: Callable[[], None]) -> bool:
-        """Takes the step; returns whether it was applied.
+    def take(self, step: Step, *, before_update: Callable[[], None]) -> Decision:
+        """Takes the step; returns whether it was applied, and what was out of the ordinary.
 
         Args:
             step: of the plan.
@@ -79,7 +82,9 @@ class Stepper:
         before_update()
         beat(f"step {step.number + 1}: update")
         self.clip.gather()
-        self.engine.step()
+        self._decision = None
+        with deciding(self.engine.optimizer, partial(self._refuses, step, nats, targets)):
+            self.engine.step()
         applied = bool(self.engine.was_step_applied())  # the host knows: DeepSpeed has waited for its own check
         imbalance = self._balance(applied=applied)
         fallbacks = torch.stack([layer.max_logit_fallbacks for layer in self._attention]).sum()
@@ -104,9 +109,10 @@ class Stepper:
             )
         else:
             forget_gradients(self.engine.optimizer)
-            self._explain(step, nats, healthy)
+        decision = self._decision or (Decision(apply=True) if applied else self._not_finite(nats, healthy))
         self._meter.count(applied=applied, tokens=step.tokens, seconds=time.perf_counter() - begin)
-        return applied
+        assert decision.apply == applied
+        return decision
 
     def _prepare(self, step: Step) -> None:
         """Learning rate, size and positions of the step."""
@@ -172,13 +178,24 @@ class Stepper:
         wide_LE = loads_LE.double()
         return (wide_LE.amax(1) / wide_LE.mean(1)).max()
 
-    def _explain(self, step: Step, nats: Tensor, healthy: Tensor) -> None:
-        """Why nothing was updated; called by all ranks, in the rare step of which that is true."""
+    def _refuses(self, step: Step, nats: Tensor, targets: Tensor, norm: float | Tensor) -> bool:
+        """Whether the update must not happen; called by all ranks, which decide from the same bits.
+
+        This is where the host waits for the device, once: the loss comes with the norm.
+        """
+        world = self._world
+        nats_all, targets_all, norm_all = sum_across([nats, targets, torch.as_tensor(norm)], device=world.device)
+        grad_norm = norm_all / world.size
+        if not math.isfinite(grad_norm) or grad_norm < 0:  # of which DeepSpeed makes -1 here and there
+            return True
+        if targets_all:
+            loss = nats_all / targets_all
+            self._decision = self._monitor.decide(loss=loss, grad_norm=grad_norm, phase=step.phase.index)
+        return self._decision is not None and not self._decision.apply
+
+    def _not_finite(self, nats: Tensor, healthy: Tensor) -> Decision:
+        """Why DeepSpeed has updated nothing; called by all ranks, in the rare step of which that is true."""
         bad_loss, unhealthy = sum_across([~torch.isfinite(nats), ~healthy], device=self._world.device)
         heads = int(self.clip.invalid.sum())
-        what = "the gradient"
-        if bad_loss:
-            what = "the loss"
-        elif unhealthy and heads:
-            what = f"the largest logit of {heads} heads"
-        self._say(f"step {step.number + 1}: {what} is not finite, so nothing was updated")
+        signal = "loss" if bad_loss else "max_logit" if unhealthy and heads else "grad_norm"
+        return Decision(apply=False, findings=(Finding(signal, math.nan, math.nan, math.inf),))

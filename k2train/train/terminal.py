@@ -136,6 +136,12 @@ class Terminal(Hook):
         elif first or last or record["step"] // self._log_every > self._told_at // self._log_every:
             self._tell()
 
+    def incident(self, record: Mapping[str, Any]) -> None:
+        """Says what was out of the ordinary in a step."""
+        found = record["incident"]
+        end = ", so nothing was updated" if found["action"] == "skipped" else ""
+        self.say(f"step {record['step']:,}: {found['sentence']}{end}")
+
     def validation(self, record: Mapping[str, Any]) -> None:
         """Shows the loss on held-out text."""
         if not self._enabled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from k2train.comm import World
 from k2train.config import RunConfig
 from k2train.data import Tokenizer, build_stream, find_dataset, open_dataset
 from k2train.model import build_model, materialise
+from k2train.monitor import Monitor
 from k2train.paths import RunPaths, atomic_write, cache_dir
 from k2train.train import zero
 from k2train.train.best import Best
@@ -33,6 +34,8 @@ from k2train.train.engine import (
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.hooks import Hook, hook_name
+from k2train.train.incidents import incident
+from k2train.train.inject import Injector
 from k2train.train.loop import run_loop
 from k2train.train.metrics import Meter
 from k2train.train.phases import build_plan
@@ -123,7 +126,8 @@ class Trainer:
         for note in self.stream.notes:
             say(note)
         progress = Progress()
-        self.meter, self.best = Meter(progress, device=world.device), Best()
+        self.meter, self.best, self.monitor = Meter(progress, device=world.device), Best(), Monitor(config.monitor)
+        self.incident: Mapping[str, Any] | None = None  # of the last step
         self.state = RunState(
             self.model,
             self.engine,
@@ -136,7 +140,12 @@ class Trainer:
             self.plan,
             vocab_size=self._vocab_size(),
             progress=progress,
-            hooks={"meter": self.meter, "best": self.best, **{hook_name(hook): hook for hook in hooks}},
+            hooks={
+                "meter": self.meter,
+                "best": self.best,
+                "monitor": self.monitor,
+                **{hook_name(hook): hook for hook in hooks},
+            },
         )
         self.progress = self.state.progress
         self._stepper = Stepper(
@@ -146,8 +155,15 @@ class Trainer:
             self.clip,
             samples=self.stream.batch,
             meter=self.meter,
+            monitor=self.monitor,
             world=world,
-            say=say,
+        )
+        self._inject = Injector(
+            config.inject.faults,
+            self.model,
+            vocab_size=self.dataset.tokenizer.vocab_size,
+            seed=config.seed,
+            world=world,
         )
         self.saver = Saver(
             self.state,
@@ -170,7 +186,9 @@ class Trainer:
 
     def step(self, *, before_update: Callable[[], None] = lambda: None) -> bool:
         """Takes the next step of the plan; returns whether it was applied."""
-        applied = self._stepper.take(self.plan.step(self.progress.step), before_update=before_update)
+        with self._inject.during(self.plan.step(self.progress.step)) as step:
+            decision = self._stepper.take(step, before_update=before_update)
+        applied, self.incident = decision.apply, incident(step, decision) if decision.findings else None
         if self.compiled:
             self.compiled.check()
         self.progress.step += 1
@@ -289,6 +307,8 @@ class Trainer:
             f"ZeRO-{parallel.zero_stage}{offload}, expert parallelism {parallel.expert_parallel}; "
             f"{count(self.dataset.tokens('train'))} training tokens"
         )
+        if self.config.inject.allow:
+            self.say("inject.allow=true: this run may be spoilt on purpose, to test what watches it")
         for line in self.plan.table(lr=self.config.optim.lr):
             self.say(line)
 
