@@ -1,11 +1,12 @@
 """What is out of the ordinary: a pure function of a signal's history.
 
-A value is held against what a window of earlier ones lets expect, in robust standard deviations: the median absolute
-deviation times 1.4826, which is a normal distribution's standard deviation, and at least a floor. What is expected is
-an interval. One end is the level, the median of the newest third of the window; the other is where the trend leads, by
-Tukey's resistant line (Exploratory Data Analysis, 1977, chapter 5) through the medians of the first and the last third.
-So a loss that falls fast and then levels off, as after warm-up, does not seem to rise above its trend, and one that
-falls faster than its level, as in the decay, does not seem to be torn down.
+A value is held against what a window of earlier ones lets expect, in robust standard deviations of the noise: the
+median absolute deviation of the differences between neighbours, times 1.4826 as for a normal distribution, over the root
+of two, as a difference has the noise of both; and at least a floor. What is expected is an interval. One end is the
+level, the median of the newest third of the window; the other is where the trend leads, by Tukey's resistant line
+(Exploratory Data Analysis, 1977, chapter 5) through the medians of the first and the last third. So a loss that falls
+fast and then levels off, as after warm-up, does not seem to rise above its trend, and one that falls faster than its
+level, as in the decay, does not seem to be torn down.
 
 Values that were flagged stay out of the window, so that a spike hides no second one. Only if PATIENCE values in a row
 are flagged was it no spike: the level has changed, and the window begins anew with them.
@@ -13,8 +14,10 @@ are flagged was it no spike: the level has changed, and the window begins anew w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -88,11 +91,12 @@ def surprise(values: Sequence[float], value: float, *, floor: float) -> tuple[fl
         value: the next.
         floor: of the standard deviation.
     """
+    differences = [after - before for before, after in pairwise(values)]
+    centre = median(differences)
+    # A bend of the curve, which would widen the spread around a line, hardly enters the differences.
+    deviation = max(NORMAL * median(abs(d - centre) for d in differences) / math.sqrt(2), floor)
     slope, offset = resistant_line(values)
-    residuals = [v - (offset + slope * i) for i, v in enumerate(values)]
-    centre = median(residuals)
-    deviation = max(NORMAL * median(abs(r - centre) for r in residuals), floor)
-    trend, level = offset + centre + slope * len(values), median(values[-(len(values) // 3) :])
+    trend, level = offset + slope * len(values), median(values[-(len(values) // 3) :])
     expected = min(max(value, min(trend, level)), max(trend, level))
     return expected, (value - expected) / deviation
 

@@ -100,7 +100,7 @@ def _facts(summary: Summary) -> Table:
     processes = f"{summary.world_size} process{'es' if summary.world_size > 1 else ''}"
     steps = f"{summary.steps:,}"
     if summary.skipped_steps:
-        steps += f", of which {summary.skipped_steps:,} were not applied (gradient not finite)"
+        steps += f", of which {summary.skipped_steps:,} were not applied"
     logit = "none seen" if summary.max_logit is None else f"{summary.max_logit:.1f}"
     clipped = f"{summary.clipped_steps:,} step{'' if summary.clipped_steps == 1 else 's'}"
     return _pairs(

@@ -157,7 +157,7 @@ def no_trace(layout: Layout, folder: Path, name: str) -> dict[str, bool]:
     """
     after, found = _with_faults(layout, folder, f"{name}-bad")
     gc.collect()  # a second engine of stage 3 beside the first would not do
-    found["what comes after"] = _everywhere(all(map(torch.equal, after, _without(layout, folder, f"{name}-good"))))
+    found["what comes after"] = everywhere(all(map(torch.equal, after, _without(layout, folder, f"{name}-good"))))
     gc.collect()
     return found
 
@@ -165,22 +165,22 @@ def no_trace(layout: Layout, folder: Path, name: str) -> dict[str, bool]:
 def _with_faults(layout: Layout, folder: Path, name: str) -> tuple[list[Tensor], dict[str, bool]]:
     trainer, found = _trainer(Case("long", layout), folder, name), {}
     assert trainer.step()
-    before, random = _state(trainer), torch.get_rng_state()
+    before, random = state_of(trainer), torch.get_rng_state()
     trainer.validate(whole=False)
-    same = all(map(torch.equal, before, _state(trainer))) and torch.equal(random, torch.get_rng_state())
-    found["validation"] = _everywhere(same and trainer.model.training)
+    same = all(map(torch.equal, before, state_of(trainer))) and torch.equal(random, torch.get_rng_state())
+    found["validation"] = everywhere(same and trainer.model.training)
     for kind in FAULTS:
-        before = _state(trainer)
+        before = state_of(trainer)
         with _faulty(trainer, kind):
             applied = trainer.step()
-        same = all(map(torch.equal, before, _state(trainer)))
-        found[kind] = _everywhere(not applied and same and bool((trainer.clip.gamma == 1).all()))
+        same = all(map(torch.equal, before, state_of(trainer)))
+        found[kind] = everywhere(not applied and same and bool((trainer.clip.gamma == 1).all()))
     record = trainer.record()
     found["counted"] = record["skipped_steps"] == len(FAULTS) == record["steps"] - 1
     found["loss of the others"] = math.isfinite(record["loss"])
     assert trainer.step()
     trainer.engine.destroy()
-    return _state(trainer), found
+    return state_of(trainer), found
 
 
 def _without(layout: Layout, folder: Path, name: str) -> list[Tensor]:
@@ -189,7 +189,7 @@ def _without(layout: Layout, folder: Path, name: str) -> list[Tensor]:
     trainer.progress.step += len(FAULTS)  # data and learning rate move on
     assert trainer.step()
     trainer.engine.destroy()
-    return _state(trainer)
+    return state_of(trainer)
 
 
 FAULTS = ("gradient nan", "gradient inf", "loss nan", "loss inf", "logit nan", "logit inf")
@@ -226,7 +226,7 @@ def _faulty(trainer: Trainer, kind: str) -> Iterator[None]:
     assert calls
 
 
-def _state(trainer: Trainer) -> list[Tensor]:
+def state_of(trainer: Trainer) -> list[Tensor]:
     """All that decides the future on this rank."""
     held = [trainer.clip.cumulative, *(layer.max_logits for _, layer in trainer.model.attention_layers())]
     held += [b for _, moe in trainer.model.moe_layers() for b in (moe.gate.e_score_correction_bias, moe.gate.loads)]
@@ -246,7 +246,7 @@ def _trainer(case: Case, folder: Path, name: str) -> Trainer:
     return Trainer(config, prepared(folder), world=open_world("cpu"), paths=paths, say=lambda text: None)
 
 
-def _everywhere(fact: bool) -> bool:
+def everywhere(fact: bool) -> bool:
     agreed = torch.tensor(int(fact))
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return bool(agreed)
