@@ -1,9 +1,9 @@
 """What is out of the ordinary: a pure function of a signal's history.
 
 A value is held against what a window of earlier ones lets expect, in robust standard deviations of the noise: the
-median absolute deviation of the differences between neighbours, times 1.4826 as for a normal distribution, over the root
-of two, as a difference has the noise of both; and at least a floor. What is expected is an interval. One end is the
-level, the median of the newest third of the window; the other is where the trend leads, by Tukey's resistant line
+median absolute deviation of the differences between neighbours, times 1.4826 as for a normal distribution, over the
+root of two, as a difference has the noise of both; and at least a floor. What is expected is an interval. One end is
+the level, the median of the newest third of the window; the other is where the trend leads, by Tukey's resistant line
 (Exploratory Data Analysis, 1977, chapter 5) through the medians of the first and the last third. So a loss that falls
 fast and then levels off, as after warm-up, does not seem to rise above its trend, and one that falls faster than its
 level, as in the decay, does not seem to be torn down.
