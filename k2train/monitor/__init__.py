@@ -2,5 +2,6 @@
 
 from k2train.monitor.decision import Decision, Monitor
 from k2train.monitor.detector import Finding
+from k2train.monitor.drift import Drift
 
-__all__ = ["Decision", "Finding", "Monitor"]
+__all__ = ["Decision", "Drift", "Finding", "Monitor"]

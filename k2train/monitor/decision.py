@@ -65,7 +65,9 @@ class Monitor:
             if found is not None:
                 expected = found.expected if signal == "loss" else math.exp(found.expected)
                 findings.append(Finding(signal, numbers[signal], expected, found.deviations))
-        return Decision(apply=not (findings and self._skips), findings=tuple(findings))
+        # A fall may be a text that is known by heart; it is no reason to learn nothing.
+        rises = any(finding.deviations > 0 for finding in findings)
+        return Decision(apply=not (rises and self._skips), findings=tuple(findings))
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, fit for JSON."""

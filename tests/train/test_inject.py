@@ -47,7 +47,7 @@ def taken(fault, *, processes=1, micro_batch=4, number=2):
                 seen[start] = model.seen[-1]
         model.weight.grad = None
         (loss_BT.mean() + balance).backward()
-        gradients.append((float(loss_BT.mean()), float(model.weight.grad)))
+        gradients.append((float(loss_BT.detach().mean()), float(model.weight.grad)))
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
     tokens, labels = (torch.cat([seen[start][i] for start in sorted(seen)]) for i in (0, 1))
