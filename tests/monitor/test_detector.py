@@ -31,6 +31,10 @@ def worse(loss, norm):
     return loss + CORRUPTION, norm
 
 
+def better(loss, norm):
+    return loss - CORRUPTION, norm
+
+
 def test_smooth_runs_raise_no_alarm():
     curves = [Curve(noise=noise, seed=seed) for noise in (0.005, 0.02, 0.05) for seed in (100, 101, 102, 103, 104)]
     alarms = [(curve, step) for curve in curves for step in flagged(curve)]
@@ -42,7 +46,7 @@ def test_smooth_runs_raise_no_alarm():
     [
         (worse, "loss", [20, 40, 60, 500, 900, 990]),
         (
-            lambda loss, norm: (loss - CORRUPTION, norm),
+            better,
             "loss",
             [20, 40, 500, 900, 990],
         ),  # a text that is known by heart
@@ -58,10 +62,11 @@ def test_a_spike_is_found_at_once(change, signal, steps):
             assert found[step].apply  # as the action is to log
 
 
-def test_skip_refuses_what_log_lets_pass():
+def test_skip_refuses_a_rise_alone():
     monitor = Monitor(MonitorConfig(action="skip", window=64, loss_deviations=8, grad_norm_deviations=12))
-    found = list(decisions(Curve(steps=120, seed=1), {100: worse}, monitor))
+    found = list(decisions(Curve(steps=120, seed=1), {90: better, 100: worse}, monitor))
     assert [step for step, decision in enumerate(found) if not decision.apply] == [100]
+    assert "deviations below" in found[90].sentence()
     assert "deviations above" in found[100].sentence()
 
 

@@ -2,13 +2,11 @@
 
 import pytest
 
-from tests.distributed.plain import write_text
 from tests.monitor.injections import measure
 
 
 @pytest.mark.full
 def test_faults_are_told_in_time(tmp_path):
-    write_text(tmp_path)
     outcomes, smooth, alarms = measure(1, tmp_path)
     lags = {outcome.fault: outcome.lag for outcome in outcomes}
     at_once = ("random_tokens", "one_token", "shuffled_tokens", "half_batch", "gradient_x1000", "gradient_nan")
