@@ -39,6 +39,9 @@ class Hook:
     def incident(self, record: Mapping[str, Any]) -> None:
         """A step was out of the ordinary, as in metrics.jsonl; after its ``after_step``. See docs/monitor.md."""
 
+    def warning(self, record: Mapping[str, Any]) -> None:
+        """Something goes wrong slowly, as in metrics.jsonl; after the ``log`` of the record that shows it."""
+
     def validation(self, record: Mapping[str, Any]) -> None:
         """The loss on held-out text, as in metrics.jsonl."""
 

@@ -55,6 +55,9 @@ def run_loop(trainer: Trainer, hooks: Sequence[Hook], *, received: Callable[[], 
                 record = trainer.record()
                 for hook in hooks:
                     hook.log(record)
+                for warning in trainer.warnings(record):
+                    for hook in hooks:
+                        hook.warning(warning)
             if _due(progress.step, config.validate.every):
                 trainer.validate(whole=False)
             beat(f"saving step {progress.step}")

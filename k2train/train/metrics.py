@@ -133,6 +133,10 @@ class MetricsFile(Hook):
         """Appends a record."""
         self.write(record)
 
+    def warning(self, record: Mapping[str, Any]) -> None:
+        """Appends a record."""
+        self.write(record)
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; numbers that are not finite become null, which JSON has no word for."""
         assert self._lines is not None, "open it first"

@@ -142,6 +142,10 @@ class Terminal(Hook):
         end = ", so nothing was updated" if found["action"] == "skipped" else ""
         self.say(f"step {record['step']:,}: {found['sentence']}{end}")
 
+    def warning(self, record: Mapping[str, Any]) -> None:
+        """Says what goes wrong slowly."""
+        self.say(f"step {record['step']:,}: {record['warning']['sentence']}")
+
     def validation(self, record: Mapping[str, Any]) -> None:
         """Shows the loss on held-out text."""
         if not self._enabled:

@@ -17,7 +17,7 @@ from k2train.comm import World
 from k2train.config import RunConfig
 from k2train.data import Tokenizer, build_stream, find_dataset, open_dataset
 from k2train.model import build_model, materialise
-from k2train.monitor import Monitor
+from k2train.monitor import Drift, Monitor
 from k2train.paths import RunPaths, atomic_write, cache_dir
 from k2train.train import zero
 from k2train.train.best import Best
@@ -128,6 +128,7 @@ class Trainer:
         progress = Progress()
         self.meter, self.best, self.monitor = Meter(progress, device=world.device), Best(), Monitor(config.monitor)
         self.incident: Mapping[str, Any] | None = None  # of the last step
+        self.drift = Drift(tau=config.optim.tau)
         self.state = RunState(
             self.model,
             self.engine,
@@ -144,6 +145,7 @@ class Trainer:
                 "meter": self.meter,
                 "best": self.best,
                 "monitor": self.monitor,
+                "drift": self.drift,
                 **{hook_name(hook): hook for hook in hooks},
             },
         )
@@ -220,6 +222,11 @@ class Trainer:
             "tokens_per_second": found["tokens"] / found["seconds"],
             "elapsed": self.progress.elapsed,
         }
+
+    def warnings(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What a record shows to go wrong slowly, each as it is written to metrics.jsonl."""
+        found = self.drift.observe(record, steps=self.plan.steps)
+        return [{"step": record["step"], "tokens": record["tokens"], "warning": warning} for warning in found]
 
     def validate(self, *, whole: bool) -> Validation:
         """The loss on held-out text, of which hooks are told; called by all ranks together.

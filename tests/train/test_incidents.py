@@ -52,8 +52,9 @@ def test_readers_of_metrics_pass_over_incidents(tmp_path):
     file.open(resume_at=0)
     file.incident(incident(STEP, NAN))
     file.log({"step": 12, "loss": 2.0})
+    file.warning({"step": 12, "warning": {"kind": "plateau"}})
     file.finish(failed=False)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert read_records(tmp_path / "metrics.jsonl") == ([{"step": 12, "loss": 2.0}], [])
 
 
