@@ -46,11 +46,6 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
-    def incidents(self) -> Path:
-        """Folder of a folder for each step that was out of the ordinary, by its number."""
-        return self.root / "incidents"
-
-    @property
     def tokenizer(self) -> Path:
         """The tokenizer the run was trained with, in Hugging Face's format."""
         return self.root / "tokenizer.json"
@@ -87,7 +82,7 @@ class RunPaths:
 
     @property
     def incidents(self) -> Path:
-        """Folder of a folder for each incident."""
+        """Folder of a folder for each step that was out of the ordinary, by its number."""
         return self.root / "incidents"
 
     @property

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,9 +20,6 @@ from rich.text import Text
 from k2train.train.hooks import Hook
 from k2train.train.sparkline import Sparkline
 from k2train.units import count, duration
-
-if TYPE_CHECKING:
-    from k2train.train.phases import Step
 
 # Seconds between two drawings of the panel: steps of a small model are faster than eyes.
 REFRESH = 0.2
@@ -104,11 +101,6 @@ class Terminal(Hook):
         self._warnings.append(text)
         self.say(text)
 
-    def after_step(self, step: Step, *, applied: bool) -> None:
-        """Keeps a step that was not applied in sight; the sentence that explains it has been said."""
-        if not applied:
-            self._warnings.append(f"step {step.number + 1:,} was not applied")
-
     def catch_up(self, steps: Iterable[Mapping[str, Any]], validations: Iterable[Mapping[str, Any]]) -> None:
         """Begins with what was recorded before, of which the last is shown."""
         self._recent.clear()
@@ -140,11 +132,11 @@ class Terminal(Hook):
         """Says what was out of the ordinary in a step."""
         found = record["incident"]
         end = ", so nothing was updated" if found["action"] == "skipped" else ""
-        self.say(f"step {record['step']:,}: {found['sentence']}{end}")
+        self.warn(f"step {record['step']:,}: {found['sentence']}{end}")
 
     def warning(self, record: Mapping[str, Any]) -> None:
         """Says what goes wrong slowly."""
-        self.say(f"step {record['step']:,}: {record['warning']['sentence']}")
+        self.warn(f"step {record['step']:,}: {record['incident']['sentence']}")
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Shows the loss on held-out text."""

@@ -226,7 +226,8 @@ class Trainer:
     def warnings(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What a record shows to go wrong slowly, each as it is written to metrics.jsonl."""
         found = self.drift.observe(record, steps=self.plan.steps)
-        return [{"step": record["step"], "tokens": record["tokens"], "warning": warning} for warning in found]
+        about = {"step": record["step"], "tokens": record["tokens"]}
+        return [about | {"incident": {"action": "warned", **warning}} for warning in found]
 
     def validate(self, *, whole: bool) -> Validation:
         """The loss on held-out text, of which hooks are told; called by all ranks together.

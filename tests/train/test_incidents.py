@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from k2train.monitor import Decision, Finding
-from k2train.report.curves import read_records
+from k2train.report.records import in_order, read_lines
 from k2train.train import veto
 from k2train.train.incidents import Incidents, incident
 from k2train.train.metrics import MetricsFile
@@ -47,15 +47,17 @@ def test_a_disk_that_refuses_stops_nothing(tmp_path):
     assert said[0].startswith("the incident of step 12 is in metrics.jsonl alone: ")
 
 
-def test_readers_of_metrics_pass_over_incidents(tmp_path):
+def test_readers_of_metrics_tell_incidents_from_steps(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", say=print)
     file.open(resume_at=0)
     file.incident(incident(STEP, NAN))
     file.log({"step": 12, "loss": 2.0})
-    file.warning({"step": 12, "warning": {"kind": "plateau"}})
+    file.warning({"step": 12, "incident": {"action": "warned", "kind": "plateau"}})
     file.finish(failed=False)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    assert read_records(tmp_path / "metrics.jsonl") == ([{"step": 12, "loss": 2.0}], [])
+    records, damaged = read_lines((tmp_path / "metrics.jsonl").read_text())
+    steps, _, incidents = in_order(records)
+    assert (len(records), damaged, steps) == (3, 0, [{"step": 12, "loss": 2.0}])
+    assert [record["incident"]["action"] for record in incidents] == ["warned"]  # the last of a step
 
 
 def test_the_first_question_about_a_norm_is_ours_and_the_others_are_not():

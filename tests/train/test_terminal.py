@@ -112,7 +112,6 @@ LIVE = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/train"]
 from pathlib import Path
-from types import SimpleNamespace
 from k2train.train.quiet import quiet
 from k2train.train.terminal import Terminal
 from test_terminal import Clock, record, validation
@@ -126,7 +125,8 @@ with Terminal(name="quickstart", steps=1200, log_every=10, stream=stream, clock=
         if step == 20:
             terminal.say("a sentence")
             terminal.validation(validation(step))
-            terminal.after_step(SimpleNamespace(number=step), applied=False)
+            found = {"action": "skipped", "sentence": "the loss is not finite"}
+            terminal.incident({"step": step + 1, "incident": found})
     if end == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
     if end == "kill":
@@ -188,7 +188,7 @@ def test_the_panel_shows_everything_within_eighty_columns(on_a_terminal):
     for text in ("tokens", "164k", "81.9k", "8.00e-03", "max logit", "23.4", "clipped heads", "grad norm", "0.41"):
         assert text in panel
     assert re.search(r"│ loss ▁+ +│", panel)
-    assert "│ step 21 was not applied " in panel
+    assert "│ step 21: the loss is not finite, so nothing was updated " in panel
     assert "a sentence\n" in text_of(screen)
     assert "step 20: held out 1.6000 bits/byte (loss 3.3000)\n" in text_of(screen)
     assert "noise" not in screen
