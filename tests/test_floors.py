@@ -37,7 +37,7 @@ ONLY_IN = {
     "deepspeed": ["k2train.train"],
     "wandb": ["k2train.train.track"],
     "datasets": ["k2train.data"],
-    "transformers": [],
+    "transformers": ["k2train.export.check"],
     "optim": [],  # the source root of muonclip: by this name it would be a second MuonClip
 }
 WITHOUT_TORCH = [

@@ -14,18 +14,22 @@ from k2train.checkpoint.find import (
     open_checkpoint,
     steps,
 )
-from k2train.checkpoint.intervals import Interval, IntervalReader
+from k2train.checkpoint.intervals import DeferredInterval, Interval, IntervalReader
 from k2train.checkpoint.manifest import CheckpointError, Manifest
 from k2train.checkpoint.publish import SaveError, mark_best, prune, save_checkpoint
+from k2train.checkpoint.safetensors_file import Deferred, SafetensorsFile, write_safetensors
 
 __all__ = [
     "Background",
     "Checkpoint",
     "CheckpointError",
+    "Deferred",
+    "DeferredInterval",
     "HostCopy",
     "Interval",
     "IntervalReader",
     "Manifest",
+    "SafetensorsFile",
     "SaveError",
     "choose_checkpoint",
     "find_checkpoint",
@@ -36,4 +40,5 @@ __all__ = [
     "prune",
     "save_checkpoint",
     "steps",
+    "write_safetensors",
 ]

@@ -17,19 +17,18 @@ import numpy as np
 import torch
 
 from k2train.checkpoint.manifest import CheckpointError, FileRecord, Manifest, TensorRecord
-from k2train.checkpoint.safetensors_file import TORCH, SafetensorsFile, read_header, write_safetensors
+from k2train.checkpoint.safetensors_file import TORCH, Deferred, SafetensorsFile, read_header, write_safetensors
 
 SEGMENTS = "segments.safetensors"
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Elements [start, start + len(values)) of a flattened global tensor."""
+class Place:
+    """Where an interval of a flattened global tensor begins."""
 
     name: str  # global name of a parameter or buffer
     key: str  # what of it: master, momentum, exp_avg, ...
     start: int
-    values: torch.Tensor  # 1-D
 
     @property
     def tensor(self) -> str:
@@ -37,7 +36,21 @@ class Interval:
         return f"{self.name}/{self.key}"
 
 
-def write_intervals(path: Path, intervals: Sequence[Interval]) -> FileRecord:
+@dataclass(frozen=True)
+class Interval(Place):
+    """Elements [start, start + len(values)) of a flattened global tensor."""
+
+    values: torch.Tensor  # 1-D
+
+
+@dataclass(frozen=True)
+class DeferredInterval(Place):
+    """An interval that is made when it is written."""
+
+    values: Deferred  # 1-D
+
+
+def write_intervals(path: Path, intervals: Sequence[Interval | DeferredInterval]) -> FileRecord:
     """Writes a rank's intervals as one file, synced to disk. Raises OSError if it cannot be written."""
     return write_safetensors(path, {f"{i.tensor}/{i.start}": i.values for i in intervals})
 

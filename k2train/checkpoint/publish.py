@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from k2train.checkpoint.find import BEST, LATEST, folder_of, read_name, steps
-from k2train.checkpoint.intervals import SEGMENTS, Interval, read_segments, write_intervals
+from k2train.checkpoint.intervals import SEGMENTS, DeferredInterval, Interval, read_segments, write_intervals
 from k2train.checkpoint.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
 from k2train.checkpoint.safetensors_file import write_safetensors
 from k2train.comm import World, gather_json
@@ -32,7 +32,7 @@ def save_checkpoint(
     directory: Path,
     *,
     step: int,
-    intervals: Sequence[Interval],
+    intervals: Sequence[Interval | DeferredInterval],
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, Any],
     world: World,

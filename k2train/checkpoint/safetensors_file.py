@@ -7,12 +7,14 @@ copies what it reads once more.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
@@ -40,14 +43,28 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 Bytes = npt.NDArray[np.uint8]
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when it is written and then forgotten, so that a file may be larger than memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it will take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor | Deferred]) -> FileRecord:
     """Writes tensors of any device as one file, synced to disk.
 
     Raises:
         OSError: it cannot be written (permission, space); it names the file.
     """
     # The widest first, so that each is aligned to its own width.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in ordered:
@@ -58,11 +75,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRe
     digest, size = xxhash.xxh3_128(), 0
     try:
         with open(path, "wb", buffering=0) as file:
-            for view in (memoryview(struct.pack("<Q", len(text)) + text), *(_bytes(t) for _, t in ordered)):
+            head = memoryview(struct.pack("<Q", len(text)) + text)
+            for view in itertools.chain([head], (_bytes(tensor) for _, tensor in ordered)):
                 while view:
                     written = file.write(view[:CHUNK])  # it may be less: the end of the disk
                     digest.update(view[:written])
                     view, size = view[written:], size + written
+                view.release()  # before the next one is made
             os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
@@ -70,8 +89,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRe
     return FileRecord(size, digest.hexdigest())
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor | Deferred) -> memoryview:
     """The tensor's memory if it is in one piece on the CPU, else a copy."""
+    if isinstance(tensor, Deferred):
+        made = tensor.make()
+        assert (tuple(made.shape), made.dtype) == (tensor.shape, tensor.dtype)
+        tensor = made
     return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 
 
@@ -97,33 +120,32 @@ def _header(text: bytes, path: Path) -> dict[str, Any]:
 
 
 class SafetensorsFile:
-    """A file mapped into memory: what is not read is not loaded, and what is read twice is loaded once."""
+    """A file whose tensors are mapped into memory one by one, while they are used: what is not read is not loaded."""
 
     def __init__(self, path: Path) -> None:
-        """Maps the file. Raises OSError if it cannot be opened, CheckpointError if it is empty."""
+        """Opens the file. Raises OSError if it cannot be opened, CheckpointError if it is empty."""
         self.path = path
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise CheckpointError(f"{path.name} is empty")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return len(self._map)
+        self._file = open(path, "rb")  # noqa: SIM115 - for as long as this object lives
+        self.size = os.fstat(self._file.fileno()).st_size  # bytes
+        if self.size == 0:
+            raise CheckpointError(f"{path.name} is empty")
 
     def hash(self) -> str:
         """xxh3-128 of the whole file, as hex."""
-        return xxhash.xxh3_128_hexdigest(self._map)
+        digest = xxhash.xxh3_128()
+        for start in range(0, self.size, CHUNK):
+            digest.update(self._map(start, min(start + CHUNK, self.size)).data)
+        return digest.hexdigest()
 
     @cached_property
     def header(self) -> dict[str, Any]:
         """As ``read_header`` gives it."""
-        return _header(self._map[8 : 8 + self._length], self.path)
+        stop = 8 + self._length
+        return _header(self._map(8, stop).tobytes() if stop <= self.size else b"", self.path)
 
     @cached_property
     def _length(self) -> int:
-        return int.from_bytes(self._map[:8], "little")
+        return int.from_bytes(self._map(0, min(8, self.size)).tobytes(), "little")
 
     def bytes(self, name: str, start: int, stop: int) -> Bytes:
         """The memory of elements [start, stop) of a flattened tensor; not to be written to.
@@ -136,4 +158,14 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} holds no elements {start} to {stop} of {name}")
         width = TORCH[entry["dtype"]].itemsize
         begin = 8 + self._length + entry["data_offsets"][0]
-        return np.frombuffer(self._map, np.uint8, (stop - start) * width, begin + start * width)
+        if begin + stop * width > self.size:
+            raise CheckpointError(f"{self.path} ends before {name} does: it was not copied whole")
+        return self._map(begin + start * width, begin + stop * width)
+
+    def _map(self, start: int, stop: int) -> Bytes:
+        """Bytes [start, stop) of the file, mapped until the array is let go of."""
+        if start == stop:
+            return np.empty(0, np.uint8)
+        lead = start % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(self._file.fileno(), lead + stop - start, access=mmap.ACCESS_READ, offset=start - lead)
+        return np.frombuffer(pages, np.uint8, stop - start, lead)

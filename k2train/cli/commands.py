@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2train.config import CheckConfig, RunConfig, WriteConfig
+from k2train.config import CheckConfig, ExportConfig, ImportConfig, RunConfig, WriteConfig
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,67 @@ AUDIT = Command(
 GENERATE = Command(
     name="generate",
     summary="write text with a model that was trained",
-    explanation="Writes a text that begins with the prompt, with the newest checkpoint of a run.",
+    explanation=(
+        "Writes a text that begins with the prompt, with the newest checkpoint of a run, with one checkpoint, or with\n"
+        "a folder in Hugging Face's format. prompts=FILE writes on each line of a file, and prints lines of JSON."
+    ),
     primary="generate",
     groups=(),
     schema=WriteConfig,
     module="k2train.cli.generate",
     common=(
-        ("run=runs/first", "the folder of the run"),
+        ("run=runs/first", "the folder of the run, of a checkpoint, or of an exported model"),
         ("generate.prompt=TEXT", "what the text begins with, taken as it stands"),
         ("generate.max_tokens=200", "length of what is written, at most"),
         ("generate.temperature=0.7", "0: always the likeliest token; 1: as the model has learnt it"),
+        ("generate.repetition_penalty=1.2", "above 1: less of what was written before"),
         ("generate.seed=1", "another text for each"),
+        ("prompts=FILE", "prompts of a file, one a line"),
         ("device=cpu", "where to compute; auto: on a GPU if there is one"),
     ),
+    argument="run",
+)
+
+EXPORT = Command(
+    name="export",
+    summary="write a checkpoint in Hugging Face's format",
+    explanation=(
+        "Writes a folder that transformers, vLLM and lm-evaluation-harness load: weights under the names of Kimi K2's\n"
+        "release, configuration, tokenizer, model card. Takes no more memory than the largest tensor. At the end the\n"
+        "folder is loaded with transformers, where that is installed, and the logits are compared. See docs/export.md."
+    ),
+    primary="export",
+    groups=(),
+    schema=ExportConfig,
+    module="k2train.cli.export",
+    common=(
+        ("checkpoint=runs/first", "the folder of a run, of which the newest checkpoint is taken, or a checkpoint"),
+        ("folder=DIR", "where to write"),
+        ("dtype=fp32", "weights as they were trained, not rounded to bf16"),
+        ("shard_bytes=1000000000", "weights in a file, at most"),
+        ("compare=never", "do not load it with transformers at the end"),
+    ),
+    argument="checkpoint",
+)
+
+IMPORT = Command(
+    name="import",
+    summary="make a starting point of a model in Hugging Face's format",
+    explanation=(
+        "Reads a folder with a model of DeepSeek-V3's architecture (Kimi K2, Moonlight), or one that was exported, in\n"
+        "bf16, fp32 or block-scaled fp8, and writes a run of no steps. Training then goes on from it by one override:\n"
+        "  k2train train init_from=runs/NAME name=MINE"
+    ),
+    primary="import",
+    groups=(),
+    schema=ImportConfig,
+    module="k2train.cli.import_",
+    common=(
+        ("folder=DIR", "config.json, *.safetensors, tokenizer.json or tiktoken.model"),
+        ("name=base", "of the run that it becomes; its folder's name otherwise"),
+        ("runs_dir=runs", "where runs are"),
+    ),
+    argument="folder",
 )
 
 CHECKPOINT = (
@@ -168,7 +216,9 @@ VERIFY = Command(
     argument="checkpoint",
 )
 
-COMMANDS = {command.name: command for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, GENERATE, INSPECT, VERIFY)}
+COMMANDS = {
+    command.name: command for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
+}
 
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.
 TOOLS = {

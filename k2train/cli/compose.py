@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from k2train.cli.commands import Command
 from k2train.cli.options import group_options
 from k2train.config import ConfigError, find_key, suggest_key
-from k2train.paths import config_dir
+from k2train.paths import RunPaths, config_dir
 
 
 def compose(command: Command, overrides: Sequence[str], own_dirs: Sequence[Path] = ()) -> dict[str, Any]:
@@ -66,8 +66,11 @@ def compose(command: Command, overrides: Sequence[str], own_dirs: Sequence[Path]
         choices.append(f"hydra.searchpath=[{folders}]")
     try:
         config = _choose_files(command.primary, choices)
-        for key, value in values:
-            OmegaConf.update(config, key, value, force_add=True)
+        _set(config, values)
+        if config.get("init_from"):
+            own_model = any(choice.startswith("model=") for choice in choices)
+            _set(config, [(k, v) for k, v in _inherited(config).items() if not (own_model and k == "model")])
+            _set(config, values)  # a word wins over what is inherited
         mapping = OmegaConf.to_container(config, resolve=True)
     except yaml.YAMLError as error:
         raise ConfigError([f"a config file is not YAML: {' '.join(str(error).split())}"]) from error
@@ -79,6 +82,22 @@ def compose(command: Command, overrides: Sequence[str], own_dirs: Sequence[Path]
 def as_yaml(mapping: dict[str, Any]) -> str:
     """What ``--cfg job`` prints; it can be read back as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(mapping))
+
+
+def _set(config: DictConfig, values: Iterable[tuple[str, Any]]) -> None:
+    for key, value in values:
+        OmegaConf.update(config, key, value, force_add=True)
+
+
+def _inherited(config: DictConfig) -> dict[str, Any]:
+    """Model and tokenizer of what a run begins with; of the run itself once it has begun."""
+    own = RunPaths(Path(config.runs_dir).expanduser() / config.name).config
+    if own.is_file():
+        saved = json.loads(own.read_text(encoding="utf-8"))
+        return {"model": saved["model"], "data.tokenizer": saved["data"]["tokenizer"]}
+    from k2train.cli.trained import inherited
+
+    return inherited(Path(config.init_from).expanduser())
 
 
 def _choose_files(primary: str, choices: list[str]) -> DictConfig:

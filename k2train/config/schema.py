@@ -227,7 +227,14 @@ class GenerateConfig:
     max_tokens: int = rule(at_least=1)
     temperature: float = rule(at_least=0)  # 0: always the likeliest token
     top_p: float = rule(above=0, at_most=1)
+    repetition_penalty: float = rule(above=0, default=1.0)  # of tokens that have come before; 1: none
+    stop: tuple[str, ...] = rule(default=())  # strings that end the text
     seed: int = rule(at_least=0)
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        if "" in self.stop:
+            yield "stop holds an empty string, which would end every text at once: remove it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,9 +363,33 @@ class RunConfig:
 class WriteConfig:
     """All that decides what ``k2train generate`` writes."""
 
-    run: str = rule()  # the folder of a run; its newest checkpoint speaks
+    run: str = rule()  # the folder of a run, whose newest checkpoint speaks, of a checkpoint, or of an export
+    prompts: str | None = rule()  # a file of them; null: generate.prompt alone
+    batch_size: int = rule(at_least=1)  # prompts of the file at once
+    precision: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
     device: str = rule(one_of=("auto", "cpu", "cuda"))
     generate: GenerateConfig = rule()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """All that decides what ``k2train export`` writes."""
+
+    checkpoint: str = rule()  # its folder, or that of a run: the newest one
+    folder: str | None = rule()  # to write; null: in the run's
+    dtype: str = rule(one_of=("bf16", "fp32"))  # of the weights
+    shard_bytes: int = rule(at_least=1)  # of weights in a file
+    tokenizer: str | None = rule()  # the file; null: the run's
+    compare: str = rule(one_of=("auto", "always", "never"))  # with transformers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """What ``k2train import`` reads and writes."""
+
+    folder: str = rule()  # a model in Hugging Face's format
+    name: str | None = rule()  # of the run; null: the folder's
+    runs_dir: str = rule()
 
 
 @dataclass(frozen=True, kw_only=True)

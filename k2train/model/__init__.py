@@ -9,6 +9,7 @@ from k2train.model.causal import attention
 from k2train.model.compile import compile_parts
 from k2train.model.dispatch import ExpertParallel
 from k2train.model.grouped_query import GroupedQueryAttention
+from k2train.model.incremental import Incremental
 from k2train.model.init import materialise
 from k2train.model.loss import document_losses
 from k2train.model.moe import MoE
@@ -19,6 +20,7 @@ __all__ = [
     "Attention",
     "ExpertParallel",
     "GroupedQueryAttention",
+    "Incremental",
     "LatentAttention",
     "MoE",
     "Router",

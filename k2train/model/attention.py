@@ -17,7 +17,7 @@ from k2train.config import ModelConfig
 from k2train.model.causal import attention, choose_backend
 from k2train.model.float32 import Float32Buffers, counts
 from k2train.model.norm import RMSNorm
-from k2train.model.rope import heads, softmax_scale
+from k2train.model.rope import heads, rotate, softmax_scale
 
 # DeepSeek-V3 and Kimi K2 norm their latents with this, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -90,6 +90,30 @@ class Attention(Float32Buffers):
         """Rotated queries [B, H, T, d], rotated keys [B, H, T, d] and values [B, H, T, V]."""
         raise NotImplementedError
 
+    @property
+    def width(self) -> int:
+        """Numbers that are kept of a token to attend to it later (W)."""
+        raise NotImplementedError
+
+    def remembered(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What is kept of tokens, [B, T, W]. Takes what ``forward`` does, or tables [B, T, R/2]."""
+        raise NotImplementedError
+
+    def recall(self, x_BD: Tensor, cos: Tensor, sin: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
+        """``forward`` for the newest token of each row, over what is kept of the row.
+
+        Args:
+            x_BD: normed input.
+            cos: [B, 1, R/2] of the tokens' positions.
+            sin: likewise.
+            memory_BSW: what ``remembered`` gave for the tokens of each row, the newest among them.
+            hidden_BS: true for those that a row has not; None if each row has all.
+
+        Returns:
+            [B, D].
+        """
+        raise NotImplementedError
+
     def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """What multiplies each row of a weight so that head h's logits shrink by gamma_h (arXiv 2507.20534, 2.1).
 
@@ -117,6 +141,15 @@ class Attention(Float32Buffers):
         """Forgets the maxima: the next forward pass in training mode starts a new step."""
         self.max_logits = torch.full_like(self.max_logits, float("-inf"))
         self.max_logit_fallbacks = torch.zeros_like(self.max_logit_fallbacks)
+
+
+def weigh(q: Tensor, k: Tensor, hidden_BS: Tensor | None, *, scale: float) -> Tensor:
+    """Attention weights of single queries [B, ..., n, d] over keys [B, ..., S, d]: [B, ..., n, S], 0 where hidden."""
+    logits = torch.matmul(q * scale, k.transpose(-1, -2))
+    if hidden_BS is not None:
+        shape = (len(hidden_BS), *[1] * (logits.ndim - 2), hidden_BS.shape[1])
+        logits = logits.masked_fill(hidden_BS.view(shape), float("-inf"))
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
 
 
 class LatentAttention(Attention):
@@ -147,6 +180,35 @@ class LatentAttention(Attention):
         latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent))
         return heads(q.view(B, T, self.heads, -1), kv.view(B, T, self.heads, -1), rope_key, cos, sin)
+
+    @property
+    def width(self) -> int:
+        """See ``Attention``: the latent and the rope key that all heads share."""
+        return self.kv_latent + self.rope
+
+    def remembered(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See ``Attention``."""
+        latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(rope_key, cos, sin)), dim=-1)
+
+    def recall(self, x_BD: Tensor, cos: Tensor, sin: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
+        """See ``Attention``. Neither keys nor values are made: their projections are absorbed into query and output.
+
+        With ``k_nope = W_uk c`` and ``v = W_uv c`` of a latent c, ``q . k_nope = (W_uk^T q) . c``, and the weighted sum
+        of values is ``W_uv`` times that of latents (arXiv 2405.04434, section 2.1.2).
+        """
+        B = len(x_BD)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BD))) if self.q_compressed else self.q_proj(x_BD)
+        q = q.view(B, self.heads, -1)
+        nope_BHN, rope_BHR = q[..., : self.nope], q[..., self.nope :]
+        up = self.kv_b_proj.weight.view(self.heads, -1, self.kv_latent)
+        key_HNC, value_HVC = up[:, : self.nope], up[:, self.nope :]
+        absorbed_BHC = torch.bmm(nope_BHN.transpose(0, 1), key_HNC).transpose(0, 1)
+        q_BHW = torch.cat((absorbed_BHC, rotate(rope_BHR, cos, sin)), dim=-1)
+        mixed_BHC = weigh(q_BHW, memory_BSW, hidden_BS, scale=self.scale) @ memory_BSW[..., : self.kv_latent]
+        out_HBV = torch.bmm(mixed_BHC.transpose(0, 1), value_HVC.transpose(1, 2))
+        out: Tensor = self.o_proj(out_HBV.transpose(0, 1).reshape(B, -1))
+        return out
 
     def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``Attention``: the nope parts share gamma; the rope part of the query, whose key is shared, takes all."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from k2train.config import ModelConfig
-from k2train.model.attention import Attention
+from k2train.model.attention import Attention, weigh
 
 
 def rotate_half(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -62,6 +62,29 @@ class GroupedQueryAttention(Attention):
         )
         k, v = (x.repeat_interleave(self.heads // self.key_heads, dim=1) for x in (rotate_half(k, cos, sin), v))
         return rotate_half(q, cos, sin), k, v
+
+    @property
+    def width(self) -> int:
+        """See ``Attention``: each key head's key and value."""
+        return self.key_heads * (self.nope + self.rope + self.value)
+
+    def remembered(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See ``Attention``."""
+        k_BTGd = self.k_proj(x_BTD).unflatten(-1, (self.key_heads, -1))
+        rotated = rotate_half(k_BTGd, cos.unsqueeze(-2), sin.unsqueeze(-2)).flatten(-2)
+        return torch.cat((rotated, self.v_proj(x_BTD)), dim=-1)
+
+    def recall(self, x_BD: Tensor, cos: Tensor, sin: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
+        """See ``Attention``."""
+        G, width = self.key_heads, self.key_heads * (self.nope + self.rope)
+        B, S, _ = memory_BSW.shape
+        q_BHd = rotate_half(self.q_proj(x_BD).view(B, self.heads, -1), cos, sin)
+        q_BGnd = q_BHd.view(B, G, self.heads // G, -1)
+        k_BGSd = memory_BSW[..., :width].view(B, S, G, -1).transpose(1, 2)
+        v_BGSV = memory_BSW[..., width:].view(B, S, G, -1).transpose(1, 2)
+        mixed_BGnV = weigh(q_BGnd, k_BGSd, hidden_BS, scale=self.scale) @ v_BGSV
+        out: Tensor = self.o_proj(mixed_BGnV.flatten(1))
+        return out
 
     def row_scales(self, gamma_H: Tensor, *, alpha: float = 0.5) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``Attention``. Rotation keeps lengths and commutes with scaling, so rope and nope rows are alike.

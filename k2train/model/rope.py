@@ -94,6 +94,13 @@ def _rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     out[..., half:] = torch.mul(second, cos).addcmul_(first, sin)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates interleaved pairs and lays them out as all first members, then all second, as ``heads`` does."""
+    out = torch.empty_like(x)
+    _rotate(out, x, cos, sin)
+    return out
+
+
 def _rotate_back(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """The transpose of ``_rotate``: what carries a gradient back."""
     half = x.shape[-1] // 2

@@ -66,6 +66,11 @@ class Block(nn.Module):
             return x_BTD + out, balance
         return x_BTD + self.mlp(normed), None
 
+    def feed_forward(self, normed_BTD: Tensor) -> Tensor:
+        """The layer's second half alone, before it is added to the residual stream."""
+        out: Tensor = self.mlp(normed_BTD)[0] if isinstance(self.mlp, MoE) else self.mlp(normed_BTD)
+        return out
+
     def _attend(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None) -> Tensor:
         out: Tensor = self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT)
         return out
@@ -150,9 +155,7 @@ class Transformer(nn.Module):
                 f"a sequence of {T} tokens is longer than max_position_embeddings="
                 f"{self.config.max_position_embeddings}: give a shorter one, or raise it in the model's config"
             )
-        scaling = self.config.rope_scaling
-        frequencies = rope_frequencies(self.config.qk_rope_head_dim, theta=self.config.rope_theta, scaling=scaling)
-        cos, sin = rope_table(frequencies.to(tokens_BT.device), T, scaling=scaling)
+        cos, sin = self.rope_tables(T, tokens_BT.device)
         if starts_BT is not None:
             positions_B1T = (torch.arange(T, device=starts_BT.device) - starts_BT)[:, None]
             cos, sin = cos[positions_B1T], sin[positions_B1T]
@@ -162,6 +165,12 @@ class Transformer(nn.Module):
             if part is not None:
                 balance = part if balance is None else balance + part
         return self.norm(x_BTD), balance
+
+    def rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the first ``length`` positions, [length, R/2] each."""
+        scaling = self.config.rope_scaling
+        frequencies = rope_frequencies(self.config.qk_rope_head_dim, theta=self.config.rope_theta, scaling=scaling)
+        return rope_table(frequencies.to(device), length, scaling=scaling)
 
     def checkpoint_activations(self, mode: str) -> None:
         """What the backward pass makes again, from now on; no number changes.
@@ -189,6 +198,10 @@ class Transformer(nn.Module):
         self.config = dataclasses.replace(self.config, rope_scaling=scaling)
         for _, layer in self.attention_layers():
             layer.scale = softmax_scale(layer.nope + layer.rope, scaling)
+
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def attention_layers(self) -> list[tuple[str, Attention]]:
         """Every attention module with its global name: what QK-Clip watches and scales."""

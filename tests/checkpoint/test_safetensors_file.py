@@ -7,7 +7,7 @@ import torch
 import xxhash
 
 from k2train.checkpoint import CheckpointError
-from k2train.checkpoint.safetensors_file import DTYPES, SafetensorsFile, read_header, write_safetensors
+from k2train.checkpoint.safetensors_file import DTYPES, Deferred, SafetensorsFile, read_header, write_safetensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -30,6 +30,21 @@ def test_the_library_reads_what_we_write(tmp_path):
         assert torch.equal(found[name], wanted), name
     with safetensors.safe_open(path, "pt") as file:  # and by parts
         assert torch.equal(file.get_slice("odd")[2:4], tensors()["odd"][2:4])
+
+
+def test_what_is_made_when_it_is_written_is_the_same_file(tmp_path):
+    made = []
+
+    def make(name):
+        made.append(name)
+        return tensors()[name]
+
+    deferred = {n: Deferred(tuple(t.shape), t.dtype, lambda n=n: make(n)) for n, t in tensors().items()}
+    assert not made
+    assert write_safetensors(tmp_path / "a", deferred) == write_safetensors(tmp_path / "b", tensors())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert sorted(made) == sorted(tensors())  # each once
+    assert {n: d.nbytes for n, d in deferred.items()} == {n: t.nbytes for n, t in tensors().items()}
 
 
 def test_we_read_what_the_library_writes(tmp_path):

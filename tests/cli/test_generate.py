@@ -9,7 +9,7 @@ from k2train.checkpoint import Interval, newest_checkpoint, save_checkpoint
 from k2train.cli import main
 from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
-from k2train.cli.generate import load_model
+from k2train.cli.trained import load_model
 from k2train.comm import close_world, open_world
 from k2train.config import RunConfig, parse, to_dict
 from k2train.data.tokenizer import train_bpe

@@ -23,6 +23,9 @@ class Letters:
         assert all(0 < i < VOCAB for i in ids)
         return "".join(chr(ord("a") + i - 1) for i in ids)
 
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
 
 class Successor(torch.nn.Module):
     """Expects the letter after the last one; scores padding ids highest of all."""
