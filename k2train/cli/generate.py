@@ -91,10 +91,10 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ConfigError: a line has none, or the file has no line.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, which JSON may hold
     if path.suffix == ".jsonl":
         lines = [_prompt(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not lines:
+    if not any(lines):
         raise ConfigError([f"prompts={path}: the file is empty: write a prompt on each line"])
     return lines
 

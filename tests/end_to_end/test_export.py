@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 
 def k2train(runner, *words):
     command = [sys.executable, "-m", "k2train", *words]
@@ -14,6 +16,7 @@ def k2train(runner, *words):
     return done.stdout
 
 
+@pytest.mark.full
 def test_there_and_on(runner):
     done = runner.run("exported", "parallel.zero_stage=2")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
 from k2train.config import ConfigError, GenerateConfig, RunConfig, parse
 from k2train.data import Tokenizer
-from k2train.generate import FullPasses, Remembering, TextStream, penalise, sample_texts
+from k2train.generate import FullPasses, Remembering, TextStream, penalise, printable, sample_texts
 
 PROMPTS = ["def read(", "", "The cat sat on the mat", "x"]
 
@@ -131,12 +131,13 @@ def test_from_a_run_a_checkpoint_and_an_export(spoken, tmp_path, capsys):
 def test_prompts_of_a_file(spoken, tmp_path, capsys):
     root, _, _ = spoken
     (tmp_path / "a.txt").write_text("def read(\nx\nThe cat\n")
-    lines = [json.loads(line) for line in write(capsys, root, f"prompts={tmp_path / 'a.txt'}").splitlines()]
+    lines = [json.loads(line) for line in write(capsys, root, f"prompts={tmp_path / 'a.txt'}").split("\n")[:-1]]
     assert [line["prompt"] for line in lines] == ["def read(", "x", "The cat"]
-    assert lines[0]["prompt"] + lines[0]["text"] == write(capsys, root, "generate.prompt=def read(").removesuffix("\n")
+    shown = write(capsys, root, "generate.prompt=def read(").removesuffix("\n")
+    assert printable(lines[0]["prompt"] + lines[0]["text"]) == shown
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": line["prompt"]}) for line in lines))
     again = write(capsys, root, f"prompts={tmp_path / 'a.jsonl'}", "batch_size=2")
-    assert [json.loads(line) for line in again.splitlines()] == lines
+    assert [json.loads(line) for line in again.split("\n")[:-1]] == lines
     (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     assert main(["generate", str(root), f"prompts={tmp_path / 'b.jsonl'}"]) == 1
     assert "b.jsonl: line 2 is not as" in capsys.readouterr().err
