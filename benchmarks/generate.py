@@ -101,7 +101,9 @@ def main() -> None:
         print(f"  {name:<14}{median:8.1f} tokens a second ({low:.1f} to {high:.1f})")
     ratio, low, high = interval([b / a for a, b in zip(*seconds.values(), strict=True)])
     same = [a == b for pair in zip(*found.values(), strict=True) for a, b in zip(*pair, strict=True)]
-    print(f"  ratio {ratio:.2f} ({low:.2f} to {high:.2f}), at least 1.5 wanted; {sum(same)} of {len(same)} tokens agree")
+    print(
+        f"  ratio {ratio:.2f} ({low:.2f} to {high:.2f}), at least 1.5 wanted; {sum(same)} of {len(same)} tokens agree"
+    )
 
 
 def _greedy(model: torch.nn.Module, prompts: list[list[int]], tokens: int) -> list[int]:

@@ -95,17 +95,21 @@ class Attention(Float32Buffers):
         """Numbers that are kept of a token to attend to it later (W)."""
         raise NotImplementedError
 
-    def remembered(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """What is kept of tokens, [B, T, W]. Takes what ``forward`` does, or tables [B, T, R/2]."""
+    def remembered(self, x_BTD: Tensor, turns: Tensor) -> Tensor:
+        """What is kept of tokens, [B, T, W].
+
+        Args:
+            x_BTD: normed input.
+            turns: [T, R/2] or [B, T, R/2], complex: cosine and sine of the tokens' positions.
+        """
         raise NotImplementedError
 
-    def recall(self, x_BD: Tensor, cos: Tensor, sin: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
+    def recall(self, x_BD: Tensor, turns: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
         """``forward`` for the newest token of each row, over what is kept of the row.
 
         Args:
             x_BD: normed input.
-            cos: [B, 1, R/2] of the tokens' positions.
-            sin: likewise.
+            turns: [B, 1, R/2] of the tokens' positions, or [1, 1, R/2] if they are the same.
             memory_BSW: what ``remembered`` gave for the tokens of each row, the newest among them.
             hidden_BS: true for those that a row has not; None if each row has all.
 
@@ -186,12 +190,12 @@ class LatentAttention(Attention):
         """See ``Attention``: the latent and the rope key that all heads share."""
         return self.kv_latent + self.rope
 
-    def remembered(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def remembered(self, x_BTD: Tensor, turns: Tensor) -> Tensor:
         """See ``Attention``."""
         latent, rope_key = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_latent, self.rope), dim=-1)
-        return torch.cat((self.kv_a_layernorm(latent), rotate(rope_key, cos, sin)), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(rope_key, turns)), dim=-1)
 
-    def recall(self, x_BD: Tensor, cos: Tensor, sin: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
+    def recall(self, x_BD: Tensor, turns: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
         """See ``Attention``. Neither keys nor values are made: their projections are absorbed into query and output.
 
         With ``k_nope = W_uk c`` and ``v = W_uv c`` of a latent c, ``q . k_nope = (W_uk^T q) . c``, and the weighted sum
@@ -204,7 +208,7 @@ class LatentAttention(Attention):
         up = self.kv_b_proj.weight.view(self.heads, -1, self.kv_latent)
         key_HNC, value_HVC = up[:, : self.nope], up[:, self.nope :]
         absorbed_BHC = torch.bmm(nope_BHN.transpose(0, 1), key_HNC).transpose(0, 1)
-        q_BHW = torch.cat((absorbed_BHC, rotate(rope_BHR, cos, sin)), dim=-1)
+        q_BHW = torch.cat((absorbed_BHC, rotate(rope_BHR, turns)), dim=-1)
         mixed_BHC = weigh(q_BHW, memory_BSW, hidden_BS, scale=self.scale) @ memory_BSW[..., : self.kv_latent]
         out_HBV = torch.bmm(mixed_BHC.transpose(0, 1), value_HVC.transpose(1, 2))
         out: Tensor = self.o_proj(out_HBV.transpose(0, 1).reshape(B, -1))

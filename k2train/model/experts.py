@@ -193,3 +193,11 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor, loads_E: Tensor) -> Tensor:
         """The weighted sum over each token's experts; see ``routed_experts``."""
         return routed_experts(x_ND, index_NK, weights_NK, self.w1, self.w3, self.w2, loads_E, recompute=self.recompute)
+
+    def one_token(self, x_1D: Tensor, index_K: Sequence[int], weights_K: Sequence[float]) -> Tensor:
+        """``forward`` of a single token, [1, D], without gradient."""
+        out = torch.zeros_like(x_1D, dtype=torch.promote_types(x_1D.dtype, torch.float32))
+        for expert, weight in zip(index_K, weights_K, strict=True):
+            hidden = F.silu(F.linear(x_1D, self.w1[expert])).mul_(F.linear(x_1D, self.w3[expert]))
+            out.add_(F.linear(hidden, self.w2[expert]), alpha=weight)
+        return out.to(x_1D.dtype)

@@ -68,17 +68,17 @@ class GroupedQueryAttention(Attention):
         """See ``Attention``: each key head's key and value."""
         return self.key_heads * (self.nope + self.rope + self.value)
 
-    def remembered(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def remembered(self, x_BTD: Tensor, turns: Tensor) -> Tensor:
         """See ``Attention``."""
         k_BTGd = self.k_proj(x_BTD).unflatten(-1, (self.key_heads, -1))
-        rotated = rotate_half(k_BTGd, cos.unsqueeze(-2), sin.unsqueeze(-2)).flatten(-2)
+        rotated = rotate_half(k_BTGd, turns.real.unsqueeze(-2), turns.imag.unsqueeze(-2)).flatten(-2)
         return torch.cat((rotated, self.v_proj(x_BTD)), dim=-1)
 
-    def recall(self, x_BD: Tensor, cos: Tensor, sin: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
+    def recall(self, x_BD: Tensor, turns: Tensor, memory_BSW: Tensor, hidden_BS: Tensor | None) -> Tensor:
         """See ``Attention``."""
         G, width = self.key_heads, self.key_heads * (self.nope + self.rope)
         B, S, _ = memory_BSW.shape
-        q_BHd = rotate_half(self.q_proj(x_BD).view(B, self.heads, -1), cos, sin)
+        q_BHd = rotate_half(self.q_proj(x_BD).view(B, self.heads, -1), turns.real, turns.imag)
         q_BGnd = q_BHd.view(B, G, self.heads // G, -1)
         k_BGSd = memory_BSW[..., :width].view(B, S, G, -1).transpose(1, 2)
         v_BGSV = memory_BSW[..., width:].view(B, S, G, -1).transpose(1, 2)

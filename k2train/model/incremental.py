@@ -43,40 +43,38 @@ class Incremental:
         self.model, self.lengths = model, [0] * rows
         weight = model.embed_tokens.weight
         self._cos, self._sin = model.rope_tables(room, weight.device)
+        self._turns = torch.complex(self._cos, self._sin)
         self.memory = [weight.new_zeros(rows, room, attention.width) for _, attention in model.attention_layers()]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def begin(self, row: int, tokens: Sequence[int]) -> Tensor:
         """Starts a row anew with these tokens, at least one. Returns scores of the next, [V] fp32."""
         T = len(tokens)
-        ids_1T = torch.tensor([list(tokens)], device=self._cos.device)
-        cos, sin = self._cos[:T], self._sin[:T]
-        x = self.model.embed_tokens(ids_1T)
+        x = self.model.embed_tokens(torch.tensor([list(tokens)], device=self._cos.device))
         for layer, memory in zip(self.model.blocks(), self.memory, strict=True):
-            memory[row, :T] = layer.self_attn.remembered(layer.input_layernorm(x), cos, sin)[0]
-            x, _ = layer(x, cos, sin)
+            memory[row, :T] = layer.self_attn.remembered(layer.input_layernorm(x), self._turns[:T])[0]
+            x, _ = layer(x, self._cos[:T], self._sin[:T])
         self.lengths[row] = T
         return self._scores(x[0, -1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Adds a token to each row. Returns scores of the next ones, [B, V] fp32."""
-        device, longest = self._cos.device, max(self.lengths) + 1
-        position_B = torch.tensor(self.lengths, device=device)
-        cos, sin = self._cos[position_B, None], self._sin[position_B, None]  # [B, 1, R/2]
-        hidden_BS = None
-        if min(self.lengths) + 1 < longest:
-            hidden_BS = torch.arange(longest, device=device) > position_B[:, None]
-        row_B = torch.arange(len(self.lengths), device=device)
+        device, shortest, longest = self._cos.device, min(self.lengths), max(self.lengths)
+        place: tuple[Tensor | slice, Tensor | int] = (slice(None), longest)
+        turns, hidden_BS = self._turns[None, longest, None], None
+        if shortest < longest:
+            position_B = torch.tensor(self.lengths, device=device)
+            place = (torch.arange(len(self.lengths), device=device), position_B)
+            turns = self._turns[position_B, None]
+            hidden_BS = torch.arange(longest + 1, device=device) > position_B[:, None]
         x_BD = self.model.embed_tokens(torch.tensor(list(tokens), device=device))
         for layer, memory in zip(self.model.blocks(), self.memory, strict=True):
-            normed = layer.input_layernorm(x_BD)
-            memory[row_B, position_B] = layer.self_attn.remembered(normed[:, None], cos, sin)[:, 0]
-            x_BD = x_BD + layer.self_attn.recall(normed, cos, sin, memory[:, :longest], hidden_BS)
-            x_BD = x_BD + layer.feed_forward(layer.post_attention_layernorm(x_BD)[:, None])[:, 0]
+            x_BD = layer.grow(x_BD, turns, memory[:, : longest + 1], place, hidden_BS)
         self.lengths = [length + 1 for length in self.lengths]
         return self._scores(x_BD)
 
+    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Forgets all other rows."""
         index = torch.tensor(list(rows), device=self._cos.device)

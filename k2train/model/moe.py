@@ -43,3 +43,9 @@ class MoE(nn.Module):
         index_NK, weights_NK, loads_E, balance = self.gate(x_BTD)
         out_ND = self.dispatch(self.experts, self.shared_experts, x_BTD.flatten(0, 1), index_NK, weights_NK, loads_E)
         return out_ND.view_as(x_BTD), balance
+
+    def one_token(self, x_1D: Tensor) -> Tensor:
+        """``forward`` of a single token, [1, D], without gradient: nothing is sorted or counted."""
+        index_K, weights_K = self.gate.choose(x_1D)
+        out_1D = self.experts.one_token(x_1D, index_K, weights_K)
+        return out_1D if self.shared_experts is None else out_1D + self.shared_experts(x_1D)

@@ -94,11 +94,15 @@ def _rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     out[..., half:] = torch.mul(second, cos).addcmul_(first, sin)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates interleaved pairs and lays them out as all first members, then all second, as ``heads`` does."""
-    out = torch.empty_like(x)
-    _rotate(out, x, cos, sin)
-    return out
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotates interleaved pairs and leaves them where they are.
+
+    Args:
+        x: [..., R].
+        turns: [..., R/2] complex, cosine and sine as real and imaginary part.
+    """
+    pairs = x.to(torch.float32).clone().unflatten(-1, (-1, 2))  # a view of complex numbers must begin at an even place
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
 
 
 def _rotate_back(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:

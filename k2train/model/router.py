@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2train.config import ModelConfig
@@ -142,6 +143,19 @@ class Router(Float32Buffers):
         self.weight = nn.Parameter(torch.empty(self.experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.empty(self.experts, dtype=torch.float32))
         self.register_buffer("loads", torch.empty(self.experts, dtype=torch.int64), persistent=False)
+
+    def choose(self, x_1D: Tensor) -> tuple[list[int], list[float]]:
+        """Experts of a single token, and their weights."""
+        scores_1E = F.linear(*_widened(x_1D, self.weight)).sigmoid()
+        index_1K = select(
+            scores_1E,
+            self.e_score_correction_bias,
+            top_k=self.top_k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+        )
+        weights_1K = gate_weights(scores_1E, index_1K, normalise=self.normalise, scale=self.scale)
+        return index_1K[0].tolist(), weights_1K[0].tolist()
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Routes tokens, in fp32 whatever the model's dtype.

@@ -66,10 +66,32 @@ class Block(nn.Module):
             return x_BTD + out, balance
         return x_BTD + self.mlp(normed), None
 
-    def feed_forward(self, normed_BTD: Tensor) -> Tensor:
-        """The layer's second half alone, before it is added to the residual stream."""
-        out: Tensor = self.mlp(normed_BTD)[0] if isinstance(self.mlp, MoE) else self.mlp(normed_BTD)
-        return out
+    def grow(
+        self,
+        x_BD: Tensor,
+        turns: Tensor,
+        memory_BSW: Tensor,
+        place: tuple[Tensor | slice, Tensor | int],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """``forward`` for the newest token of each row. See ``Attention.recall``.
+
+        Args:
+            x_BD: the residual stream of the tokens.
+            turns: of their positions.
+            memory_BSW: of this layer; what is kept of the tokens is written into it.
+            place: index of rows and positions in it.
+            mask: true for what a row has not; None if each row has all.
+        """
+        normed = self.input_layernorm(x_BD)
+        memory_BSW[place] = self.self_attn.remembered(normed[:, None], turns)[:, 0]
+        x_BD = x_BD + self.self_attn.recall(normed, turns, memory_BSW, mask)
+        normed = self.post_attention_layernorm(x_BD)
+        if not isinstance(self.mlp, MoE):
+            return x_BD + self.mlp(normed)
+        if len(x_BD) == 1 and not x_BD.is_cuda:
+            return x_BD + self.mlp.one_token(normed)
+        return x_BD + self.mlp(normed[:, None])[0][:, 0]
 
     def _attend(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None) -> Tensor:
         out: Tensor = self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT)
