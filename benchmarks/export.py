@@ -3,9 +3,9 @@
     python benchmarks/export.py                     # 512 MiB of masters in the system's temporary folder
     python benchmarks/export.py --mib 4096 --folder /scratch
 
-Bandwidth of each over that of the copy, medians over the rounds, at least 0.6 wanted. The copy reads, hashes (xxh3-128),
-writes and syncs the bytes that the export (or the import) writes, so that the disk counts for both. What is compared
-alternates.
+Bandwidth of each over that of the copy, medians over the rounds, at least 0.6 wanted. The copy reads, hashes
+(xxh3-128), writes and syncs the bytes that the export (or the import) writes, so that the disk counts for both. What is
+compared alternates.
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         x: [..., R].
         turns: [..., R/2] complex, cosine and sine as real and imaginary part.
     """
-    pairs = x.to(torch.float32).clone().unflatten(-1, (-1, 2))  # a view of complex numbers must begin at an even place
+    pairs = (
+        x.to(torch.float32).clone(memory_format=torch.contiguous_format).view(*x.shape[:-1], -1, 2)
+    )  # complex views must begin at an even place
     return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
 
 

@@ -87,11 +87,12 @@ class Block(nn.Module):
         memory_BSW[place] = self.self_attn.remembered(normed[:, None], turns)[:, 0]
         x_BD = x_BD + self.self_attn.recall(normed, turns, memory_BSW, mask)
         normed = self.post_attention_layernorm(x_BD)
-        if not isinstance(self.mlp, MoE):
-            return x_BD + self.mlp(normed)
-        if len(x_BD) == 1 and not x_BD.is_cuda:
-            return x_BD + self.mlp.one_token(normed)
-        return x_BD + self.mlp(normed[:, None])[0][:, 0]
+        if isinstance(self.mlp, MoE):
+            alone = len(x_BD) == 1 and not x_BD.is_cuda
+            out: Tensor = self.mlp.one_token(normed) if alone else self.mlp(normed[:, None])[0][:, 0]
+        else:
+            out = self.mlp(normed)
+        return x_BD + out
 
     def _attend(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None) -> Tensor:
         out: Tensor = self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT)
