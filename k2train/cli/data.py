@@ -53,8 +53,7 @@ def _trace(arguments: argparse.Namespace) -> None:
         processes = arguments.processes or _processes(paths)
         if not 0 <= arguments.rank < processes:
             raise DataError(f"--rank {arguments.rank}: the run had {processes} processes, 0 to {processes - 1}")
-        micro = step.phase.micro_batch_size
-        numbers = [n for n in numbers if (n - numbers[0]) // micro % processes == arguments.rank]
+        numbers = [n for part in step.micro_batches(rank=arguments.rank, processes=processes) for n in part]
     manifest = prepare(config.data, cache=cache_dir(config.data.cache_dir), progress=lambda *_: None)
     dataset = open_dataset(manifest)
     stream = build_stream(dataset, config.data, plan.data_phases(), seed=config.seed, boundaries=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from k2train.data.errors import DataError, os_errors_explained
 from k2train.data.manifest import BLOCK_BYTES, ShardRecord, map_file
 from k2train.data.shards import parse_header, view
+
+PATIENCE = 5.0  # seconds that the end waits for a read in flight; one that hangs is left behind
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # tokens, labels, starts
 Item = TypeVar("Item")
@@ -213,7 +215,7 @@ class OpenShard:
             checked[block] = True
 
 
-def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: int, pin: bool) -> Iterator[Batch]:
+def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: int, pin: bool) -> Generator[Batch]:
     """``read`` of each entry of the plan, by one thread while the caller computes.
 
     Args:
@@ -253,4 +255,4 @@ def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: in
     finally:
         stopped.set()
         wanted.put(False)
-        thread.join()
+        thread.join(PATIENCE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -195,7 +195,7 @@ class TrainStream:
             part.windows.read(window, row, row_starts)
         return tokens, labels, starts
 
-    def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2, pin: bool = False) -> Iterator[Batch]:
+    def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2, pin: bool = False) -> Generator[Batch]:
         """``batch`` of each entry of the plan, read by one thread while the caller computes.
 
         Args:

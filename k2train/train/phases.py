@@ -75,6 +75,12 @@ class Step:
         """That the run has seen when the step is done."""
         return self.first_token + self.tokens
 
+    def micro_batches(self, *, rank: int, processes: int) -> list[range]:
+        """The samples of each micro-batch that a rank computes."""
+        size = self.phase.micro_batch_size
+        starts = range(self.first_sample + rank * size, self.first_sample + self.samples, processes * size)
+        return [range(start, start + size) for start in starts]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -43,7 +43,7 @@ class Stepper:
         optimizer: MuonClip,
         clip: QKClip,
         *,
-        samples: Callable[[range], Batch],
+        batches: Callable[[Step], Sequence[Batch]],
         meter: Meter,
         monitor: Monitor,
         world: World,
@@ -55,13 +55,14 @@ class Stepper:
             model: what is trained.
             optimizer: its parameter groups have ``peak_lr``.
             clip: gathers the largest logits, also where nothing is clipped.
-            samples: gives those of a range of numbers: tokens, labels, and where documents begin if that matters.
+            batches: gives this rank's micro-batches of a step: tokens, labels, and where documents begin if that
+                matters.
             meter: is told what happened.
             monitor: may refuse an update.
             world: the run's processes.
         """
         self.engine, self.model, self.optimizer, self.clip = engine, model, optimizer, clip
-        self._samples, self._meter, self._monitor, self._world = samples, meter, monitor, world
+        self._batches, self._meter, self._monitor, self._world = batches, meter, monitor, world
         self._decision: Decision | None = None  # of the monitor, on the step under way
         self._rate = model.config.router_bias_rate
         self._attention = [layer for _, layer in model.attention_layers()]
@@ -77,8 +78,7 @@ class Stepper:
         """
         begin = time.perf_counter()
         self._prepare(step)
-        batches = self._micro_batches(step)
-        nats, targets, balance, healthy = self._gradients(batches, step.number)
+        nats, targets, balance, healthy = self._gradients(self._batches(step), step.number)
         before_update()
         beat(f"step {step.number + 1}: update")
         self.clip.gather()
@@ -130,12 +130,6 @@ class Stepper:
         if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):  # decides what offloading keeps
             self.engine.optimizer.gradient_accumulation_steps = self.engine.gradient_accumulation_steps()
 
-    def _micro_batches(self, step: Step) -> list[Batch]:
-        """This rank's share of the step."""
-        size, world = step.phase.micro_batch_size, self._world
-        starts = range(step.first_sample + world.rank * size, step.first_sample + step.samples, world.size * size)
-        return [self._samples(range(start, start + size)) for start in starts]
-
     def _gradients(self, batches: Sequence[Batch], index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Forward and backward; this rank's nats, targets and share of the balance loss, and whether all was finite."""
         device, world = self._world.device, self._world
@@ -148,8 +142,10 @@ class Stepper:
         self.model.train()
         for number, (tokens_BT, labels_BT, starts_BT) in enumerate(batches):
             beat(f"step {index + 1}: forward and backward")
-            starts = None if starts_BT is None else starts_BT.to(device)
-            loss_BT, part = self.engine(tokens_BT.to(device), labels_BT.to(device), starts)
+            # Pinned where there is a GPU, so that the copies do not wait for what is computed before them.
+            starts = None if starts_BT is None else starts_BT.to(device, non_blocking=True)
+            tokens, labels = (each.to(device, non_blocking=True) for each in (tokens_BT, labels_BT))
+            loss_BT, part = self.engine(tokens, labels, starts)
             loss = loss_BT.sum() * weight + part / len(batches)
             largest = torch.cat([layer.max_logits for layer in self._attention]).amax()
             healthy &= torch.isfinite(loss.detach()) & (largest < math.inf)  # false for a NaN too

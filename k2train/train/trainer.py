@@ -33,6 +33,7 @@ from k2train.train.engine import (
 )
 from k2train.train.errors import RunError
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
+from k2train.train.feed import Feed
 from k2train.train.hooks import Hook, hook_name
 from k2train.train.incidents import incident
 from k2train.train.inject import Injector
@@ -150,12 +151,13 @@ class Trainer:
             },
         )
         self.progress = self.state.progress
+        self._feed = Feed(self.stream, self.plan, world=world)
         self._stepper = Stepper(
             self.engine,
             self.model,
             self.optimizer,
             self.clip,
-            samples=self.stream.batch,
+            batches=self._feed.take,
             meter=self.meter,
             monitor=self.monitor,
             world=world,
@@ -184,7 +186,10 @@ class Trainer:
 
     def train(self, *, received: Callable[[], int] = lambda: 0) -> Validation:
         """Runs all steps that are left; see ``run_loop``."""
-        return run_loop(self, self.hooks, received=received)
+        try:
+            return run_loop(self, self.hooks, received=received)
+        finally:
+            self._feed.close()
 
     def step(self, *, before_update: Callable[[], None] = lambda: None) -> bool:
         """Takes the next step of the plan; returns whether it was applied."""
