@@ -6,11 +6,17 @@ any sample is found without those before it.
 
 The sources are the leaves of a binary tree. Of the first q samples of a node its left child has f(q): what the child
 was due, rounded, when the node was due q. A child is never due more than its node: f grows by 0 or 1, counts never run
-backwards, and those of two children add up to their node's. A split is off by half a sample and hands down a part of
-the error of its node; in a tree of depth d a source is off by d / 2 at most, which is one sample for up to four
-sources. At the end of each block of ``BLOCK`` samples, the sources that have samples to spare on both sides of it are
-rounded once more, each to one of the two whole numbers beside what it is due. Inside a block, the samples of a source
-are spread as what it is due rises.
+backwards, and those of two children add up to their node's. A split is off by half a sample and hands down the child's
+share of its node's error: 1/2 + r e. In a balanced tree that is at most d / 2 samples at depth d, which is one for up
+to four sources. In Huffman's tree of weights w that stay, the nodes above a leaf have at least 1, 2, 3, 5, 8, ... times
+its weight (two neighbours are each no smaller than the lesser child of the node beside), so that no source is off by
+more than (1 + 1 + 1/2 + 1/3 + 1/5 + ...) / 2 < 1.7 samples, whatever their number. The better of the two is taken. At
+the end of each block of ``BLOCK`` samples, the sources that have samples to spare on both sides of it are rounded once
+more, each to one of the two whole numbers beside what it is due. Inside a block, the samples of a source are spread as
+what it is due rises.
+
+Sources: Huffman 1952, "A method for the construction of minimum-redundancy codes"; Balinski and Young 1982, "Fair
+representation" (why counts in closed form that never run backwards cannot all stay within one).
 
 Counting is in Python's integers, without rounding. Legend: K knots, S sources.
 """
@@ -18,8 +24,10 @@ Counting is in Python's integers, without rounding. Legend: K knots, S sources.
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
@@ -69,9 +77,11 @@ class Mixture:
         ):
             due = tuple(d + (a + b) * (stop - start) for d, a, b in zip(due, before, after, strict=True))
             self._due_at.append(due)
-        self._tree = _tree(sorted(range(self.sources), key=lambda source: (due[source], self._shares[-1][source])))
+        far = 2 * self._starts[-1] + BLOCK
+        weights = [Fraction(*self.due(far, [source])) for source in range(self.sources)]
+        trees = [_huffman(weights), _balanced(sorted(range(self.sources), key=weights.__getitem__))]
         # By how much a source's count may be off, in samples.
-        self.bound = max(1.0, (self.sources - 1).bit_length() / 2)
+        self.bound, self._tree = min(((self._bound(tree), tree) for tree in trees), key=lambda pair: pair[0])
         self.quotas = lru_cache(maxsize=256)(self._quotas)
         self.block = lru_cache(maxsize=8)(self._block)
 
@@ -145,8 +155,19 @@ class Mixture:
         if not number:
             return False
         edges = [self.due(number + step, [source]) for step in (-BLOCK, 0, BLOCK)]
-        enough = 2 * self.bound + 1
-        return all(b[0] / b[1] - a[0] / a[1] >= enough for a, b in pairwise(edges))
+        return all(b[0] / b[1] - a[0] / a[1] > 1 + self.bound for a, b in pairwise(edges))
+
+    def _bound(self, node: _Node, above: float = 0.0) -> float:
+        """By how much a leaf below the node may be off, where the node is off by ``above``."""
+        if node.children is None:
+            return above
+        found = []
+        for child in node.children:
+            shares = ([sum(at[i] for i in each.sources) for each in (child, node)] for at in self._shares)
+            # Between two knots the share of the node's is between what it is at these.
+            share = max((part / whole for part, whole in shares if whole), default=0.0)
+            found.append(self._bound(child, 0.5 + share * above))
+        return max(found)
 
     def _descend(self, node: _Node, count: int) -> Iterator[tuple[int, int]]:
         """(source, count) of each leaf below a node that has ``count`` samples."""
@@ -224,12 +245,25 @@ def _rounded(above: int, below: int) -> int:
     return (2 * above + below) // (2 * below)
 
 
-def _tree(sources: Sequence[int]) -> _Node:
-    """A balanced tree; neighbours share nodes."""
+def _balanced(sources: Sequence[int]) -> _Node:
+    """A tree in which neighbours share nodes."""
     if len(sources) == 1:
         return _Node((sources[0],), None)
     middle = len(sources) // 2
-    left, right = _tree(sources[:middle]), _tree(sources[middle:])
+    return _joined(_balanced(sources[:middle]), _balanced(sources[middle:]))
+
+
+def _huffman(weights: Sequence[Fraction]) -> _Node:
+    """The two lightest nodes are joined until there is one; of equals those that are older."""
+    nodes = [(weight, age, _Node((age,), None)) for age, weight in enumerate(weights)]
+    heapq.heapify(nodes)
+    for age in range(len(nodes), 2 * len(nodes) - 1):
+        one, other = heapq.heappop(nodes), heapq.heappop(nodes)
+        heapq.heappush(nodes, (one[0] + other[0], age, _joined(one[2], other[2])))
+    return nodes[0][2]
+
+
+def _joined(left: _Node, right: _Node) -> _Node:
     return _Node(left.sources + right.sources, (left, right))
 
 

@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 ROUNDS = 8
-VERSION = 1  # of the whole order, sources and all; a run whose state names another one is not resumed
+VERSION = 2  # of the whole order, sources and all; a run whose state names another one is not resumed
 
 
 def positions(numbers: ArrayLike, *, windows: int, seed: int, name: str = "train") -> NDArray[np.int64]:

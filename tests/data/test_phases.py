@@ -223,8 +223,8 @@ def test_another_data_set_or_tokenizer_is_refused(manifest, tmp_path):
         stream_of(other).load_state_dict(state)
     with pytest.raises(DataError, match=r"trained with the tokenizer abc, now \w+: bring back the tokenizer"):
         stream_of(manifest).load_state_dict(state | {"tokenizer": "abc"})
-    with pytest.raises(DataError, match=r"made by version 0, now 1: go on with the version of k2train"):
-        stream_of(manifest).load_state_dict(state | {"algorithm": 0})
+    with pytest.raises(DataError, match=r"made by version 1, now 2: go on with the version of k2train"):
+        stream_of(manifest).load_state_dict(state | {"algorithm": 1})
 
 
 # ---- faults: no bad sample is given out
