@@ -5,7 +5,7 @@
 """
 
 from k2train.config.compare import Change, changed_settings, leaves, refuse_changes
-from k2train.config.data import DataConfig, OrderConfig, SourceConfig, TokenizerConfig
+from k2train.config.data import DataConfig, DropConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.monitor import InjectConfig, MonitorConfig
 from k2train.config.parse import ConfigError, parse, to_dict
@@ -38,6 +38,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DropConfig",
     "ExportConfig",
     "FaultsConfig",
     "GenerateConfig",

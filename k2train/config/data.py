@@ -66,12 +66,27 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DropConfig:
+    """Documents whose tokens are predicted no more from a sample on; see docs/data-order.md."""
+
+    from_sample: int = rule(at_least=0)
+    documents: tuple[str, ...] = rule(default=())  # source/number, as k2train data trace shows it
+    file: str | None = rule(default=None)  # of such names, one on a line
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        if not self.documents and self.file is None:
+            yield "documents is missing: name them, as in documents=[web/17], or give a file of such names"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OrderConfig:
     """What training samples are, and in which order they come; see docs/data-order.md."""
 
     packing: bool = rule()  # whole documents in windows; false: cut wherever a window ends
     group_shards: int | None = rule(at_least=1)  # shards whose windows are mixed with each other; null: all
     skips: tuple[tuple[int, int], ...] = rule(at_least=0)  # first and last of the samples that are left out
+    drops: tuple[DropConfig, ...] = rule()  # documents that are predicted no more from a sample on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,16 @@ class TokenStream:
                 first, document = end, document + 1
         return found
 
+    def documents_in(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(P,) the number in its source of each document, or piece of one, at these positions, and (P,) its length."""
+        numbers, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for index, first, last in self._pieces(start, stop):
+            shard = self.shards[index]
+            begin, end = np.searchsorted(shard.document_ends, (first, last - 1), side="right")
+            numbers.append(shard.document_ids[begin : end + 1])
+            lengths.append(np.diff(np.minimum(shard.document_ends[begin : end + 1], last), prepend=first))
+        return np.concatenate(numbers), np.concatenate(lengths)
+
     def context_begins(self, start: int, stop: int) -> NDArray[np.int64]:
         """Where contexts begin (at an end_of_text) between positions ``start`` and ``stop``, counted from ``start``."""
         found = []

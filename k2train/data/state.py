@@ -28,6 +28,7 @@ def make_state(stream: TrainStream, next_sample: int) -> dict[str, Any]:
         "group_shards": stream.group_shards,
         "lengths": past_lengths(stream, next_sample),
         "skips": [list(pair) for pair in stream.skips.pairs if pair[0] < stream.skips.stream_number(next_sample)],
+        "drops": stream.drops.before(next_sample),
         "tokens": stream.tokens_seen(next_sample),
     }
 
@@ -61,6 +62,7 @@ def check_state(stream: TrainStream, state: Mapping[str, Any]) -> int:
         "packing": "set data.order.packing back, or give the run another name",
         "group_shards": "set data.order.group_shards back, or give the run another name",
         "skips": "what was left out so far is part of the run: bring back the skips, or give the run another name",
+        "drops": "from_sample of a new entry must be {next_sample} or more, and those of the past stay as they are",
         "lengths": "set train.sequence_length back; to change it from a step on, add a phase to schedule.phases",
         "tokens": "the weights of the past changed: set data.weights back, or change them from a phase on",
     }
@@ -73,9 +75,11 @@ def check_state(stream: TrainStream, state: Mapping[str, Any]) -> int:
         "group_shards": "the run was trained with data.order.group_shards",
         "lengths": "the run has read samples of lengths ([samples, tokens each])",
         "skips": "the run has left out the samples",
+        "drops": "the run has dropped documents ([from_sample, xxh3 of their names])",
         "tokens": "the run has read of each source the tokens",
     }
     for key, remedy in remedies.items():
         if then.get(key) != now[key]:
-            raise DataError(f"{what[key]} {then.get(key)}, now {now[key]}: {remedy}")
+            way = remedy.format(next_sample=then["next_sample"])
+            raise DataError(f"{what[key]} {then.get(key)}, now {now[key]}: {way}")
     return int(state["next_sample"])

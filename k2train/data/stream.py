@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from k2train.config import DataConfig
+from k2train.config import DataConfig, DropConfig
 from k2train.data.dataset import IGNORED, Dataset, Span, TokenStream
+from k2train.data.drops import Drops
 from k2train.data.errors import DataError
 from k2train.data.mixture import BLOCK, Mixture
 from k2train.data.order import Order
@@ -40,6 +41,7 @@ class Trace:
     epoch: int  # of the source
     window: int  # of the source
     spans: tuple[Span, ...]
+    dropped: frozenset[int]  # documents, by number, of which no token is predicted
     tokens: NDArray[np.int64]  # that the spans cover, in order
 
 
@@ -133,6 +135,7 @@ class TrainStream:
         group_shards: int | None = None,
         max_epochs: Mapping[str, float] | None = None,
         skips: Sequence[Sequence[int]] = (),
+        drops: Sequence[DropConfig] = (),
         boundaries: bool = True,
     ) -> None:
         """Fixes the order.
@@ -145,12 +148,13 @@ class TrainStream:
             group_shards: shards that are read at a time, while their windows come in mixed order; None: all.
             max_epochs: how often the tokens of a source may be seen; a source that is not named has no limit.
             skips: pairs of the first and the last sample that are left out.
+            drops: documents that are predicted no more from a sample on.
             boundaries: whether batches tell where documents begin.
 
         Raises:
             DataError: a source that is used is smaller than one window, or would be seen more often than allowed.
         """
-        self.skips = Skips(skips)
+        self.skips, self.drops = Skips(skips), Drops(drops, sources=dataset.sources)
         self.dataset, self.phases, self.seed = dataset, tuple(phases), seed
         self.packing, self.group_shards = packing, group_shards
         self.notes: list[str] = []
@@ -171,7 +175,7 @@ class TrainStream:
 
     def sample(self, number: int) -> NDArray[np.int64]:
         """(T + 1,) token ids of a sample: the tokens, and the last label."""
-        tokens, labels, _ = self.batch([number])
+        tokens, labels, _ = self._read([self._find(number)])
         return torch.cat([tokens[0], labels[0, -1:]]).numpy()
 
     def batch(self, numbers: Sequence[int]) -> Batch:
@@ -184,6 +188,17 @@ class TrainStream:
         length = found[0][0].plan.sequence_length
         if any(phase.plan.sequence_length != length for phase, *_ in found):
             raise ValueError(f"samples {numbers[0]} to {numbers[-1]} are of different lengths: ask for them apart")
+        tokens, labels, starts = self._read(found)
+        for row, (number, (phase, source, _, window)) in enumerate(zip(numbers, found, strict=True)):
+            if (dropped := self.drops.at(number, self.dataset.sources[source])) is not None:
+                documents, lengths = phase.part(source).windows.documents(window)
+                left_out = np.repeat(np.isin(documents, dropped), lengths)
+                labels = labels.clone()  # it may share memory with the tokens
+                labels[row, : len(left_out)][torch.from_numpy(left_out)] = IGNORED
+        return tokens, labels, starts
+
+    def _read(self, found: Sequence[tuple[_Phase, int, int, int]]) -> Batch:
+        length = found[0][0].plan.sequence_length
         rows = torch.empty((len(found), 2, length) if self.packing else (len(found), length + 1), dtype=torch.int64)
         tokens, labels = (rows[:, 0], rows[:, 1]) if self.packing else (rows[:, :-1], rows[:, 1:])
         starts = torch.empty(tokens.shape, dtype=torch.int64) if self._boundaries else None
@@ -210,10 +225,12 @@ class TrainStream:
         phase, source, own_number, window = self._find(number)
         part = phase.part(source)
         epoch = own_number // part.order.windows
-        tokens, labels, _ = self.batch([number])
+        tokens, labels, _ = self._read([(phase, source, own_number, window)])
+        dropped = self.drops.at(number, self.dataset.sources[source])
         text = labels[0][labels[0] != IGNORED] if self.packing else torch.cat([tokens[0, :1], labels[0]])
         spans = tuple(part.windows.spans(window))
-        return Trace(number, self.dataset.sources[source], epoch, window, spans, text.numpy())
+        gone = frozenset[int]() if dropped is None else frozenset(dropped.tolist())
+        return Trace(number, self.dataset.sources[source], epoch, window, spans, gone, text.numpy())
 
     def tokens_seen(self, next_sample: int) -> dict[str, int]:
         """Tokens of each source in the samples before ``next_sample``."""
@@ -339,5 +356,6 @@ def build_stream(
         group_shards=config.order.group_shards,
         max_epochs=config.max_epochs,
         skips=config.order.skips,
+        drops=config.order.drops,
         boundaries=boundaries,
     )

@@ -17,5 +17,7 @@ def describe_trace(trace: Trace, tokenizer: Tokenizer) -> Iterator[tuple[str, st
         at += len(ids)
         text = tokenizer.decode([token for token in ids if token != tokenizer.end_of_text])
         ended = " and ends" if ids[-1] == tokenizer.end_of_text else ""
-        heading = f"{span.origin}: tokens {span.start} to {span.stop}{ended} (document {span.document} of {span.shard})"
+        dropped = ", dropped" if span.document in trace.dropped else ""
+        where = f"document {trace.source}/{span.document}{dropped}, in {span.shard}"
+        heading = f"{span.origin}: tokens {span.start} to {span.stop}{ended} ({where})"
         yield heading, text

@@ -39,6 +39,9 @@ class SourceWindows(Protocol):
         The row is (T + 1,) tokens of which all but the first are labels; of packed windows (2, T) tokens and labels.
         """
 
+    def documents(self, window: int) -> tuple[Int64s, Int64s]:
+        """(P,) the number of the document that each piece of the labels is of, and (P,) how many labels it has."""
+
     def spans(self, window: int) -> list[Span]:
         """The documents, or pieces of them, that the window's labels come from."""
 
@@ -65,6 +68,10 @@ class Concatenated:
         self._stream.read_into(row, first)
         if starts is not None:
             starts[:] = context_starts(self._stream.context_begins(first, first + self._length), self._length)
+
+    def documents(self, window: int) -> tuple[Int64s, Int64s]:
+        """See ``SourceWindows``."""
+        return self._stream.documents_in(window * self._length + 1, (window + 1) * self._length + 1)
 
     def spans(self, window: int) -> list[Span]:
         """See ``SourceWindows``; of the first token too, which is only read."""
@@ -101,6 +108,12 @@ class Packed:
         tokens[at:], labels[at:] = self._end_of_text, IGNORED
         if starts is not None:
             starts[at:] = at
+
+    def documents(self, window: int) -> tuple[Int64s, Int64s]:
+        """See ``SourceWindows``."""
+        found = [self._stream.documents_in(start, start + length) for start, length in self._pieces(window)]
+        numbers, lengths = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return numbers, lengths
 
     def spans(self, window: int) -> list[Span]:
         """See ``SourceWindows``."""
