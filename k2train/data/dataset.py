@@ -31,6 +31,8 @@ from k2train.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the label that a loss leaves out
 
+FIRST = np.zeros(1, dtype=np.int64)  # where the first context of a row begins
+
 Utf8 = bytes  # by another name inside Dataset, which has a method called bytes
 
 
@@ -69,22 +71,17 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """The tokens at positions ``start`` to ``stop`` of the stream, copied."""
-        result = np.empty(stop - start, dtype=np.int64)
-        self.read_into(result, start)
-        return result
+        return self.view(start, stop).astype(np.int64) if start < stop else np.empty(0, np.int64)
 
-    def read_into(self, result: NDArray[np.int64], start: int) -> None:
-        """``read``, as many tokens as ``result`` has room for, into it."""
-        stop = start + len(result)
-        assert 0 <= start <= stop <= self.starts[-1], (start, stop, len(self))
+    def view(self, start: int, stop: int) -> NDArray[Any]:
+        """``read`` of at least one token, as they lie in their shard if that is one."""
+        assert 0 <= start < stop <= self.starts[-1], (start, stop, len(self))
         index = bisect.bisect_right(self.starts, start) - 1
-        if index < len(self.shards) and stop <= self.starts[index + 1]:  # within a shard, as nearly always
-            offset = self.starts[index]
-            result[:] = self.shards[index].read(start - offset, stop - offset)
-            return
-        for index, first, last in self._pieces(start, stop):
-            offset = self.starts[index]
-            result[first + offset - start : last + offset - start] = self.shards[index].read(first, last)
+        offset = self.starts[index]
+        if stop <= self.starts[index + 1]:  # as nearly always
+            tokens: NDArray[Any] = self.shards[index].read(start - offset, stop - offset)
+            return tokens
+        return np.concatenate([self.shards[index].read(*part) for index, *part in self._pieces(start, stop)])
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """The documents, or pieces of them, at positions ``start`` to ``stop``."""
@@ -141,19 +138,20 @@ class TokenStream:
             start, index = end, index + 1
 
 
-def context_starts(begins: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """The index of the first token of each token's context, where the first token of all begins one in any case.
+def context_starts(begins: Sequence[NDArray[np.int64]], length: int) -> NDArray[np.int64]:
+    """The index in its row of the first token of each token's context; the first of a row begins one in any case.
 
     Args:
-        begins: at which tokens contexts begin, rising.
+        begins: of each row, at which tokens contexts begin, rising.
         length: T.
 
     Returns:
-        (T,), never falling.
+        (R, T), never falling in a row.
     """
-    edges = np.empty(len(begins) + 2, dtype=np.int64)
-    edges[0], edges[1:-1], edges[-1] = 0, begins, length
-    return np.repeat(edges[:-1], edges[1:] - edges[:-1])
+    columns = np.concatenate([part for row in begins for part in (FIRST, row)])
+    rows = np.arange(len(begins)).repeat([1 + len(row) for row in begins])
+    edges = np.append(columns + rows * length, len(begins) * length)  # in all rows, one after the other
+    return columns.repeat(edges[1:] - edges[:-1]).reshape(-1, length)
 
 
 class Windows(Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
@@ -194,7 +192,7 @@ class Windows(Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         first = max(start - 1, 0)  # tokens are the stream's from start - 1 on
         last = min(start - 1 + self._length, len(self._stream))
         begins = self._stream.context_begins(first, last) + (first - start + 1)
-        return tokens, labels, torch.from_numpy(context_starts(begins, self._length))
+        return tokens, labels, torch.from_numpy(context_starts([begins], self._length)[0])
 
 
 class Dataset:

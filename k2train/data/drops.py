@@ -6,6 +6,7 @@ and every other sample, stays as it was; and so does the past.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,11 @@ NAME = re.compile(r"(.+)/(\d+)")  # source/number, as ``k2train data trace`` sho
 
 
 class Drops:
-    """The documents that are dropped, and from which sample on."""
+    """The documents that are dropped, and from which sample on.
+
+    Attributes:
+        begin: the first sample of which any are; infinity if there is none.
+    """
 
     def __init__(self, drops: Sequence[DropConfig], *, sources: Sequence[str]) -> None:
         """Reads the lists.
@@ -50,6 +55,8 @@ class Drops:
             self._from.append(drop.from_sample)
             self._documents.append({source: np.array(found) for source, found in numbers.items()})
             self._digests.append(xxhash.xxh3_64_hexdigest("\n".join(names).encode()))
+
+        self.begin = min(self._from, default=math.inf)
 
     def at(self, number: int, source: str) -> NDArray[np.int64] | None:
         """The documents of a source, by number, that are dropped in a sample; None if there are none."""

@@ -171,9 +171,9 @@ class OpenShard:
             return path, memoryview(map_file(path))
 
     @cached_property
-    def _checked(self) -> NDArray[np.bool_]:
-        """Of each block, whether it is known to be what was written."""
-        return np.zeros(self.record.blocks, dtype=bool)
+    def _checked(self) -> bytearray:
+        """Of each block 1 if it is known to be what was written."""
+        return bytearray(self.record.blocks)
 
     @cached_property
     def _header(self) -> tuple[dict[str, Any], int]:
@@ -212,7 +212,7 @@ class OpenShard:
                     f"the shard {path} is damaged in bytes {begin} to {end}: their xxh3 is {found:016x} and was "
                     f"{expected:016x} when it was written: {self.files.remedy(path)}"
                 )
-            checked[block] = True
+            checked[block] = 1
 
 
 def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: int, pin: bool) -> Generator[Batch]:

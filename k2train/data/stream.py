@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from k2train.config import DataConfig, DropConfig
-from k2train.data.dataset import IGNORED, Dataset, Span, TokenStream
+from k2train.data.dataset import IGNORED, Dataset, Span, TokenStream, context_starts
 from k2train.data.drops import Drops
 from k2train.data.errors import DataError
 from k2train.data.mixture import BLOCK, Mixture
@@ -115,6 +115,9 @@ class _Phase:
         return part
 
 
+_Found = tuple[_Phase, int, int, int]  # of a sample: phase, source, number in the source, and window
+
+
 class TrainStream:
     """Samples of a data set's training split.
 
@@ -189,26 +192,31 @@ class TrainStream:
         if any(phase.plan.sequence_length != length for phase, *_ in found):
             raise ValueError(f"samples {numbers[0]} to {numbers[-1]} are of different lengths: ask for them apart")
         tokens, labels, starts = self._read(found)
-        for row, (number, (phase, source, _, window)) in enumerate(zip(numbers, found, strict=True)):
-            if (dropped := self.drops.at(number, self.dataset.sources[source])) is not None:
-                documents, lengths = phase.part(source).windows.documents(window)
-                left_out = np.repeat(np.isin(documents, dropped), lengths)
-                labels = labels.clone()  # it may share memory with the tokens
-                labels[row, : len(left_out)][torch.from_numpy(left_out)] = IGNORED
+        if self.drops.begin <= max(numbers):
+            labels = self._without_dropped(labels.clone(), numbers, found)  # it may share memory with the tokens
         return tokens, labels, starts
 
-    def _read(self, found: Sequence[tuple[_Phase, int, int, int]]) -> Batch:
+    def _without_dropped(self, labels: torch.Tensor, numbers: Sequence[int], found: Sequence[_Found]) -> torch.Tensor:
+        for row, number, (phase, source, _, window) in zip(labels.numpy(), numbers, found, strict=True):
+            if (dropped := self.drops.at(number, self.dataset.sources[source])) is not None:
+                documents, lengths = phase.part(source).windows.documents(window)
+                left_out = np.isin(documents, dropped).repeat(lengths)
+                row[: len(left_out)][left_out] = IGNORED
+        return labels
+
+    def _read(self, found: Sequence[_Found]) -> Batch:
         length = found[0][0].plan.sequence_length
         rows = torch.empty((len(found), 2, length) if self.packing else (len(found), length + 1), dtype=torch.int64)
         tokens, labels = (rows[:, 0], rows[:, 1]) if self.packing else (rows[:, :-1], rows[:, 1:])
-        starts = torch.empty(tokens.shape, dtype=torch.int64) if self._boundaries else None
-        starts_of = starts.numpy() if starts is not None else [None] * len(found)
-        for (phase, source, own_number, window), row, row_starts in zip(found, rows.numpy(), starts_of, strict=True):
+        begins = []
+        for (phase, source, own_number, window), row in zip(found, rows.numpy(), strict=True):
             part = phase.part(source)
             if self._near:
                 self._near.read(self.dataset.sources[source], part.stream, part.order.groups_from(own_number))
-            part.windows.read(window, row, row_starts)
-        return tokens, labels, starts
+            part.windows.read(window, row)
+            if self._boundaries:
+                begins.append(part.windows.context_begins(window))
+        return tokens, labels, torch.from_numpy(context_starts(begins, length)) if begins else None
 
     def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2, pin: bool = False) -> Generator[Batch]:
         """``batch`` of each entry of the plan, read by one thread while the caller computes.
@@ -260,8 +268,7 @@ class TrainStream:
 
     # ---- how it is put together
 
-    def _find(self, delivered: int) -> tuple[_Phase, int, int, int]:
-        """Phase, source, number in the source, and window."""
+    def _find(self, delivered: int) -> _Found:
         if delivered < 0:
             raise ValueError(f"sample number {delivered} is negative: samples are numbered from 0")
         number = self.skips.stream_number(delivered)
@@ -310,7 +317,7 @@ class TrainStream:
                 fingerprint=self.dataset.fingerprint,
             )
             end = self.dataset.tokenizer.end_of_text
-            windows = Packed(stream, packings, group_shards=self.group_shards, end_of_text=end)
+            windows = Packed(stream, packings, sequence_length=length, group_shards=self.group_shards, end_of_text=end)
         else:
             windows = Concatenated(stream, sequence_length=length, group_shards=self.group_shards)
         if not sum(windows.sizes):

@@ -10,6 +10,7 @@ A window belongs to the group of shards in which its first label lies, and may r
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
-from k2train.data.dataset import IGNORED, Span, TokenStream, context_starts
+from k2train.data.dataset import IGNORED, Span, TokenStream
 from k2train.data.packing import VERSION, Packing, pack
 from k2train.data.shards import parse_header, view
 from k2train.paths import atomic_write
@@ -33,11 +34,11 @@ class SourceWindows(Protocol):
 
     sizes: list[int]  # (G,) windows of each group
 
-    def read(self, window: int, row: Int64s, starts: Int64s | None) -> None:
-        """Fills a row and, if they are wanted, (T,) the index of the first token of each token's context.
+    def read(self, window: int, row: Int64s) -> None:
+        """Fills a row: (T + 1,) tokens of which all but the first are labels; of packed windows (2, T) of each."""
 
-        The row is (T + 1,) tokens of which all but the first are labels; of packed windows (2, T) tokens and labels.
-        """
+    def context_begins(self, window: int) -> Int64s:
+        """At which of the window's tokens contexts begin, besides the first or with it, rising."""
 
     def documents(self, window: int) -> tuple[Int64s, Int64s]:
         """(P,) the number of the document that each piece of the labels is of, and (P,) how many labels it has."""
@@ -62,12 +63,13 @@ class Concatenated:
         firsts = [min(windows, -(-start // sequence_length)) for start in group_starts(stream, group_shards)]
         self.sizes: list[int] = np.diff([*firsts, windows]).tolist()
 
-    def read(self, window: int, row: Int64s, starts: Int64s | None) -> None:
+    def read(self, window: int, row: Int64s) -> None:
         """See ``SourceWindows``."""
-        first = window * self._length
-        self._stream.read_into(row, first)
-        if starts is not None:
-            starts[:] = context_starts(self._stream.context_begins(first, first + self._length), self._length)
+        row[:] = self._stream.view(window * self._length, (window + 1) * self._length + 1)
+
+    def context_begins(self, window: int) -> Int64s:
+        """See ``SourceWindows``."""
+        return self._stream.context_begins(window * self._length, (window + 1) * self._length)
 
     def documents(self, window: int) -> tuple[Int64s, Int64s]:
         """See ``SourceWindows``."""
@@ -82,32 +84,41 @@ class Packed:
     """Windows of whole documents; see ``k2train.data.packing``."""
 
     def __init__(
-        self, stream: TokenStream, packings: Sequence[Packing], *, group_shards: int | None, end_of_text: int
+        self,
+        stream: TokenStream,
+        packings: Sequence[Packing],
+        *,
+        sequence_length: int,
+        group_shards: int | None,
+        end_of_text: int,
     ) -> None:
         """Takes the packing of each group, as ``packings_of`` gives them."""
         self._stream, self._packings, self._end_of_text = stream, packings, end_of_text
+        self._length = sequence_length
         self._offsets = group_starts(stream, group_shards)
         self.sizes = [len(packing) for packing in packings]
-        self._firsts = np.cumsum([0, *self.sizes])
+        self._firsts = np.cumsum([0, *self.sizes]).tolist()
 
-    def read(self, window: int, row: Int64s, starts: Int64s | None) -> None:
+    def read(self, window: int, row: Int64s) -> None:
         """See ``SourceWindows``. Before a document's first token comes the end_of_text of the one before it."""
         tokens, labels = row
         at = 0
         for start, length in self._pieces(window):
             stop = at + length
             if start:
-                piece = self._stream.read(start - 1, start + length)
+                piece = self._stream.view(start - 1, start + length)
                 tokens[at:stop], labels[at:stop] = piece[:-1], piece[1:]
             else:
-                self._stream.read_into(labels[at:stop], 0)
-                tokens[at], tokens[at + 1 : stop] = self._end_of_text, labels[at : stop - 1]
-            if starts is not None:
-                starts[at:stop] = at
+                piece = self._stream.view(0, length)
+                tokens[at], tokens[at + 1 : stop], labels[at:stop] = self._end_of_text, piece[:-1], piece
             at = stop
-        tokens[at:], labels[at:] = self._end_of_text, IGNORED
-        if starts is not None:
-            starts[at:] = at
+        if at < len(tokens):
+            tokens[at:], labels[at:] = self._end_of_text, IGNORED
+
+    def context_begins(self, window: int) -> Int64s:
+        """See ``SourceWindows``; what is left unfilled is one of its own."""
+        ends = self._window(window)[2].cumsum()
+        return ends if ends[-1] < self._length else ends[:-1]
 
     def documents(self, window: int) -> tuple[Int64s, Int64s]:
         """See ``SourceWindows``."""
@@ -120,10 +131,13 @@ class Packed:
         return [span for start, length in self._pieces(window) for span in self._stream.spans(start, start + length)]
 
     def _pieces(self, window: int) -> list[tuple[int, int]]:
-        group = int(np.searchsorted(self._firsts, window, side="right")) - 1
-        starts, lengths = self._packings[group].window(window - int(self._firsts[group]))
-        offset = self._offsets[group]
-        return [(offset + start, length) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        offset, starts, lengths = self._window(window)
+        return list(zip((offset + starts).tolist(), lengths.tolist(), strict=True))
+
+    def _window(self, window: int) -> tuple[int, Int64s, Int64s]:
+        """Where the window's group begins in the stream, and starts in the group and lengths of its pieces."""
+        group = bisect.bisect_right(self._firsts, window) - 1
+        return self._offsets[group], *self._packings[group].window(window - self._firsts[group])
 
 
 def group_starts(stream: TokenStream, group_shards: int | None) -> list[int]:
