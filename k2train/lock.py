@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+TELL_AFTER = 5.0  # seconds of waiting
+
 
 @contextmanager
 def held_alone(path: Path, *, patience: float, busy: str) -> Iterator[None]:
@@ -20,18 +22,22 @@ def held_alone(path: Path, *, patience: float, busy: str) -> Iterator[None]:
 
     Args:
         path: of the file; it says who holds it and stays when it is released.
-        patience: seconds to wait for another process to release it.
+        patience: seconds to wait for another process to release it; a wait of more than a few is logged.
         busy: what the other one does and what to do, for the message.
 
     Raises:
         OSError: another process holds it; or the file cannot be made.
     """
     with open(path, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + patience
+        begin, told = time.monotonic(), False
         while not _locked(file):
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise OSError(errno.EBUSY, f"another process ({file.read().strip()}) {busy}", str(path.parent))
+            file.seek(0)
+            holder, waited = file.read().strip(), time.monotonic() - begin
+            if waited > patience:
+                raise OSError(errno.EBUSY, f"another process ({holder}) {busy}", str(path.parent))
+            if waited > TELL_AFTER and not told:
+                told = True
+                logging.getLogger(__name__).warning("%s: waiting for another process (%s)", path.parent, holder)
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,15 @@ def test_a_second_process_is_told_who_is_there_and_gets_in_once_the_first_is_gon
     holder.send_signal(signal.SIGKILL)
     with held_alone(tmp_path / "lock", patience=5, busy="is here"):
         assert f"pid {os.getpid()} " in (tmp_path / "lock").read_text()
+
+
+def test_a_long_wait_is_told_of_once(tmp_path, holder, monkeypatch, caplog):
+    monkeypatch.setattr("k2train.lock.TELL_AFTER", 0.1)
+    with pytest.raises(OSError, match="is here"), held_alone(tmp_path / "lock", patience=0.6, busy="is here"):
+        pass
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: waiting for another process (pid {holder.pid} on {socket.gethostname()})"
+    ]
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog):

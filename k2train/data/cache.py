@@ -11,14 +11,13 @@ The cache is bounded: shards that were not used for longest go first, and never 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +27,13 @@ from numpy.typing import NDArray
 
 from k2train.data.errors import DataError, os_errors_explained
 from k2train.data.manifest import BLOCK_BYTES, MANIFEST_NAME, ShardRecord, read_manifest
+from k2train.lock import held_alone
 from k2train.paths import atomic_write, sync_directory
 
 REMOTE_NAME = "remote.json"  # in the folder of a cached data set: its address, and how much may be kept
 ATTEMPTS, FIRST_WAIT = 6, 0.5  # tries of one fetch; seconds before the second one, doubled each time
+PATIENCE = 1800.0  # seconds that one process waits for another to fetch the same file
+BUSY = "has been fetching this for half an hour; stop it if it hangs, and start the same command again"
 # Errors of the local file system, which another try does not mend.
 _LOCAL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 Result = TypeVar("Result")
@@ -64,7 +66,7 @@ def fetch_dataset(url: str, *, cache: Path, limit: int | None) -> Path:
         if path.is_file() and (folder / REMOTE_NAME).read_text() == note:
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / "lock"):
+        with held_alone(folder / "lock", patience=PATIENCE, busy=BUSY):
             if not path.is_file():
                 content = _patiently(f"{base}/{MANIFEST_NAME}", lambda: _read_whole(f"{base}/{MANIFEST_NAME}"))
                 aside = folder / f"{MANIFEST_NAME}.partial"
@@ -98,7 +100,7 @@ class CachedFolder:
         with os_errors_explained(path):
             if not self._is_whole(path, record):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with _alone(path.with_name(path.name + ".lock")):
+                with held_alone(path.with_name(path.name + ".lock"), patience=PATIENCE, busy=BUSY):
                     if not self._is_whole(path, record):
                         self._make_room(record)
                         self._fetch(path, record, digests)
@@ -225,11 +227,3 @@ def _fetch_small(base: str, folder: Path, described: dict[str, Any]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, _patiently(url, fetch))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, which ends with the process."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -42,14 +42,14 @@ def positions(numbers: ArrayLike, *, windows: int, seed: int, name: str = "train
     if windows < 1:
         raise ValueError(f"windows={windows} must be at least 1: there is nothing to put in order")
     wanted = np.asarray(numbers, dtype=np.int64)
-    if wanted.size and wanted.min() < 0:
+    if not wanted.size:
+        return np.empty(0, np.int64)
+    if wanted.min() < 0:
         raise ValueError(f"sample number {wanted.min()} is negative: samples are numbered from 0")
     epochs, places = np.divmod(wanted, windows)
-    result = np.empty_like(wanted)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        result[chosen] = _permute(places[chosen], windows=windows, keys=_keys(seed, name, int(epoch)))
-    return result
+    different, which = np.unique(epochs, return_inverse=True)
+    keys = np.concatenate([_keys(seed, name, epoch) for epoch in different.tolist()], axis=1)
+    return _permute(places, windows=windows, keys=keys if len(different) == 1 else keys[:, which])
 
 
 class Order:
@@ -111,18 +111,20 @@ class Order:
 
 @lru_cache(maxsize=64)
 def _keys(seed: int, name: str, epoch: int) -> NDArray[np.uint64]:
-    """(ROUNDS,) one key a round, by xxh3 of a spelled-out text: the same on any machine and Python."""
+    """(ROUNDS, 1) one key a round, by xxh3 of a spelled-out text: the same on any machine and Python."""
     spelled = [f"{seed}/{name}/{epoch}/{turn}".encode() for turn in range(ROUNDS)]
-    return np.array([xxhash.xxh3_64_intdigest(text) for text in spelled], dtype=np.uint64)
+    return np.array([[xxhash.xxh3_64_intdigest(text)] for text in spelled], dtype=np.uint64)
 
 
 def _permute(places: NDArray[np.int64], *, windows: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(S,) where each place goes; keys are (ROUNDS, S), or (ROUNDS, 1) for all of them."""
     half = np.uint64(max(1, ((windows - 1).bit_length() + 1) // 2))  # bits of each half
     result = places.astype(np.uint64)
-    outside = np.ones(result.shape, dtype=bool)
-    while outside.any():
-        result[outside] = _feistel(result[outside], half=half, keys=keys)
-        outside = result >= windows
+    outside = np.arange(len(result))
+    while len(outside):
+        moved = _feistel(result[outside], half=half, keys=keys if keys.shape[1] == 1 else keys[:, outside])
+        result[outside] = moved
+        outside = outside[moved >= windows]
     return result.astype(np.int64)
 
 

@@ -16,6 +16,7 @@ from synthetic_data import documents_of, make_dataset
 import k2train.data.cache as cache_module
 from k2train.data import DataError, DataPhase, TrainStream, open_dataset
 from k2train.data.cache import CachedFolder, fetch_dataset, find_dataset
+from k2train.lock import held_alone
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -183,6 +184,21 @@ def test_two_processes_filling_one_cache_fetch_each_shard_once(server, local, tm
         process.join()
     assert found == [read(local)] * 2
     assert set(server.asked.values()) == {1}
+
+
+def test_a_process_that_hangs_while_it_fetches_is_named(server, tmp_path, monkeypatch):
+    path = fetch_dataset(server.url, cache=tmp_path, limit=None)
+    stream = TrainStream(open_dataset(path), [DataPhase(10, 16)], seed=1)
+    first = stream.trace(0).spans[0].shard
+    (path.parent / first).unlink()
+    monkeypatch.setattr(cache_module, "PATIENCE", 0.3)
+    again = TrainStream(open_dataset(path), [DataPhase(10, 16)], seed=1)
+    with (
+        held_alone(path.parent / f"{first}.lock", patience=0, busy=""),
+        pytest.raises(DataError, match=rf"another process \(pid {os.getpid()} on .*\) has been fetching this"),
+    ):
+        again.batch([0])
+    again.batch([0])
 
 
 def test_a_full_disk_and_a_read_only_cache_are_one_sentence_each(server, tmp_path, monkeypatch):
