@@ -95,6 +95,7 @@ def in_one_process(_: int, folder: Path) -> None:
     close_world()
 
 
+@pytest.mark.full
 def test_the_same_bits_twice_and_from_wherever_a_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # two threads that wait for each other leave the cores to others
     mp.spawn(in_one_process, args=(tmp_path,), nprocs=1)
