@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.multiprocessing as mp
 
 from k2train.checkpoint import folder_of, open_checkpoint
