@@ -55,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         weight: [D].
         eps: added to the mean square.
     """
-    if torch.is_inference_mode_enabled():  # a token at a time, autograd's bookkeeping takes as long as the norm
+    if not torch.is_grad_enabled():  # a token at a time, autograd's bookkeeping takes as long as the norm
         return _normed(x, weight, eps)[0]
     out: Tensor = _RMSNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out

@@ -126,7 +126,10 @@ def train(case: Case, folder: Path, name: str) -> dict[str, float]:
     """The run by the Trainer, on all processes; how far it is from the plain one, at most."""
     trainer = _trainer(case, folder, name)
     if case.schedule == "uneven":
-        trainer._stepper._samples = uneven(trainer._stepper._samples)
+        samples = uneven(trainer.stream.batch)
+        trainer._stepper._batches = lambda step: [
+            samples(part) for part in step.micro_batches(rank=trainer.world.rank, processes=trainer.world.size)
+        ]
     expected = torch.load(folder / f"{case.schedule}.pt", weights_only=True)
     records = []
     while trainer.progress.step < trainer.plan.steps:
