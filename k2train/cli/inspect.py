@@ -49,7 +49,7 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield (
         "layout",
         (
-            f"{machine['processes']} processes, ZeRO-{machine['zero_stage']}, "
+            f"{machine['processes']} process{'es' if machine['processes'] > 1 else ''}, ZeRO-{machine['zero_stage']}, "
             f"expert parallelism {machine['expert_parallel']}; any other can read it"
         ),
     )

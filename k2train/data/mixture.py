@@ -15,8 +15,9 @@ the end of each block of ``BLOCK`` samples, the sources that have samples to spa
 more, each to one of the two whole numbers beside what it is due. Inside a block, the samples of a source are spread as
 what it is due rises.
 
-Sources: Huffman 1952, "A method for the construction of minimum-redundancy codes"; Balinski and Young 1982, "Fair
-representation" (why counts in closed form that never run backwards cannot all stay within one).
+Source: Huffman 1952, "A method for the construction of minimum-redundancy codes". Whether counts in closed form that
+never run backwards could all stay within one sample, for any number of sources, we do not know; ``bound`` says what
+these do.
 
 Counting is in Python's integers, without rounding. Legend: K knots, S sources.
 """
