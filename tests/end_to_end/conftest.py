@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,3 +65,22 @@ class Runner:
 @pytest.fixture(scope="session")
 def runner(tmp_path_factory) -> Runner:
     return Runner(tmp_path_factory.mktemp("end_to_end"))
+
+
+class SmallDisk:
+    """A file system in memory of 2 MB, or of as much as it is resized to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def resize(self, size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "k2train", tmp_path]
+    if not shutil.which("mount") or subprocess.run(mount).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield SmallDisk(tmp_path)
+    subprocess.run(["umount", "-l", tmp_path], check=True)
