@@ -3,10 +3,11 @@
     python benchmarks/data_pipeline.py [--tokens 100e6] [--rounds 5] [--only k2train,raw]
 
 Three sources of weights 6, 3, 1 are read in shuffled order as batches of [8, 2049] int64 tokens; every contestant reads
-its own file of the same tokens, in one process, page cache warm, interleaved:
+its own file of the same tokens, page cache warm, interleaved; each in a process of its own, as the threads that some
+keep running would be charged to the others:
 
 - ``raw``: a loop over one shuffled memory map, the most that can be had;
-- ``k2train``: the order, the mixture and the digests of this project, prefetch thread on;
+- ``k2train``: the order, the mixture and the digests of this project, prefetch thread on, four batches a step;
 - ``k2train packed``: best-fit packed, with the boundaries of documents;
 - ``indexed``: as Megatron-LM reads: an index of documents, a shuffled index of samples, three blended sets;
 - ``mosaicml-streaming``: MDS files, one stream a source with its proportion, if the package is installed.
@@ -19,12 +20,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +114,8 @@ def ours(path: Path, *, packing: bool, boundaries: bool) -> Iterator[object]:
 
     phase = DataPhase(10**9, LENGTH, WEIGHTS)
     stream = TrainStream(open_dataset(path), [phase], seed=0, packing=packing, boundaries=boundaries)
-    return stream.batches(range(n, n + BATCH) for n in range(0, 10**9, BATCH))
+    numbers = (range(n, n + BATCH) for n in range(0, 10**9, BATCH))
+    return chain.from_iterable(stream.steps(zip(*[numbers] * 4, strict=False)))
 
 
 def indexed(tokens: dict[str, np.ndarray], documents: dict[str, list[np.ndarray]]) -> Iterator[np.ndarray]:
@@ -175,20 +180,38 @@ def _collate(samples: list[dict]) -> np.ndarray:
     return np.stack([sample["tokens"].astype(np.int64) for sample in samples])
 
 
-def measure(contestants: dict[str, Iterator[object]], *, batches: int, rounds: int) -> dict[str, list[float]]:
-    """Tokens per CPU-second of the process, all threads, of each round."""
+def measure(
+    contestants: dict[str, Callable[[], Iterator[object]]], *, batches: int, rounds: int
+) -> dict[str, list[float]]:
+    """Tokens per CPU-second of the contestant's process, all threads, of each round."""
+    context = multiprocessing.get_context("fork")
+    pipes, processes = {}, []
+    for name, make in contestants.items():
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=_contest, args=(make, theirs)))
+        processes[-1].start()
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    for batches_of in contestants.values():
-        for _ in range(8):  # opens files, starts threads
-            next(batches_of)
     for turn in range(rounds):
         names = list(contestants)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            begin = time.process_time()
-            for _ in range(batches):
-                next(contestants[name])
-            found[name].append(batches * BATCH * LENGTH / (time.process_time() - begin))
+            pipes[name].send(batches)
+            found[name].append(batches * BATCH * LENGTH / pipes[name].recv())
+    for name, process in zip(pipes, processes, strict=True):
+        pipes[name].send(0)
+        process.join()
     return found
+
+
+def _contest(make: Callable[[], Iterator[object]], pipe: Connection) -> None:
+    """CPU-seconds for as many batches as it is asked for, again and again."""
+    batches = make()
+    for _ in range(8):  # opens files, starts threads
+        next(batches)
+    while count := pipe.recv():
+        begin = time.process_time()
+        for _ in range(count):
+            next(batches)
+        pipe.send(time.process_time() - begin)
 
 
 # ---- what a person waits for
@@ -286,8 +309,11 @@ def main() -> None:
         if importlib.util.find_spec("streaming"):
             contestants["mosaicml-streaming"] = lambda: mosaic(folder / "mosaic", tokens)
         chosen = arguments.only.split(",") if arguments.only else list(contestants)
-        started = {name: make() for name, make in contestants.items() if name in chosen}
-        found = measure(started, batches=arguments.batches, rounds=arguments.rounds)
+        found = measure(
+            {name: make for name, make in contestants.items() if name in chosen},
+            batches=arguments.batches,
+            rounds=arguments.rounds,
+        )
         print(f"{sum(map(len, tokens.values())):,} tokens, [{BATCH}, {LENGTH + 1}], tokens per CPU-second")
         for name, values in found.items():
             ratio = f"{statistics.median(values) / statistics.median(found['raw']):.2f}" if "raw" in found else "-"

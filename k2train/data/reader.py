@@ -6,9 +6,10 @@ Opening a data set reads no shard, so that it takes as long for ten thousand sha
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
-from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -215,44 +216,60 @@ class OpenShard:
             checked[block] = 1
 
 
-def read_ahead(read: Callable[[Item], Batch], plan: Iterable[Item], *, ahead: int, pin: bool) -> Generator[Batch]:
-    """``read`` of each entry of the plan, by one thread while the caller computes.
+def read_ahead(
+    read: Callable[[Item], Batch], plan: Iterable[Sequence[Item]], *, ahead: int, pin: bool
+) -> Generator[list[Batch]]:
+    """``read`` of each item of each step of the plan, by one thread while the caller computes.
+
+    A step is handed over whole: two threads that take turns at every batch spend more on that than on reading.
 
     Args:
-        read: gives the batch of an entry.
-        plan: may be endless.
-        ahead: batches that are read before they are asked for.
+        read: gives the batch of an item.
+        plan: the items of each step; may be endless.
+        ahead: steps that are read before they are asked for.
         pin: into page-locked memory, from which a GPU copies while it computes.
     """
-    ready: queue.SimpleQueue[Batch | Exception | None] = queue.SimpleQueue()
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True for each batch that may be read, False at the end
+    ready: queue.SimpleQueue[list[Batch] | Exception | None] = queue.SimpleQueue()
+    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True for each step that may be read, False at the end
     for _ in range(ahead):
         wanted.put(True)
     stopped = threading.Event()
 
+    def batches(items: Sequence[Item]) -> Iterator[Batch]:
+        for item in items:
+            if stopped.is_set():
+                return
+            tokens, labels, starts = read(item)
+            if pin:
+                tokens, labels = tokens.contiguous().pin_memory(), labels.contiguous().pin_memory()
+                starts = None if starts is None else starts.pin_memory()
+            yield tokens, labels, starts
+
     def work() -> None:
         try:
-            for entry in plan:
+            for items in plan:
                 if not wanted.get() or stopped.is_set():
                     return
-                tokens, labels, starts = read(entry)
-                if pin:
-                    tokens, labels = tokens.contiguous().pin_memory(), labels.contiguous().pin_memory()
-                    starts = None if starts is None else starts.pin_memory()
-                ready.put((tokens, labels, starts))
+                ready.put(list(batches(items)))
             ready.put(None)
         except Exception as error:  # raised again by the caller's thread
             ready.put(error)
 
     thread = threading.Thread(target=work, name="k2train-prefetch", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            wanted.put(True)
-            yield item
-    finally:
+
+    def end() -> None:
         stopped.set()
         wanted.put(False)
         thread.join(PATIENCE)
+
+    atexit.register(end)  # Python kills a thread that is inside torch at its end, and with it the process
+    thread.start()
+    try:
+        while (step := ready.get()) is not None:
+            if isinstance(step, Exception):
+                raise step
+            wanted.put(True)
+            yield step
+    finally:
+        atexit.unregister(end)
+        end()

@@ -218,12 +218,14 @@ class TrainStream:
                 begins.append(part.windows.context_begins(window))
         return tokens, labels, torch.from_numpy(context_starts(begins, length)) if begins else None
 
-    def batches(self, plan: Iterable[Sequence[int]], *, ahead: int = 2, pin: bool = False) -> Generator[Batch]:
-        """``batch`` of each entry of the plan, read by one thread while the caller computes.
+    def steps(
+        self, plan: Iterable[Sequence[Sequence[int]]], *, ahead: int = 1, pin: bool = False
+    ) -> Generator[list[Batch]]:
+        """``batch`` of each micro-batch of each step of the plan, read by one thread while the caller computes.
 
         Args:
-            plan: sample numbers of each batch; may be endless.
-            ahead: batches that are read before they are asked for.
+            plan: sample numbers of each step's micro-batches; may be endless.
+            ahead: steps that are read before they are asked for.
             pin: into page-locked memory, from which a GPU copies while it computes.
         """
         return read_ahead(self.batch, plan, ahead=ahead, pin=pin)

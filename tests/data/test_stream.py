@@ -92,16 +92,15 @@ def test_a_trace_that_begins_at_a_document_begins_with_it(dataset: Dataset):
     assert start == len(stream)
 
 
-def test_prefetched_batches_are_the_batches(stream: TrainStream):
-    plan = [range(start, start + 4) for start in range(0, 40, 4)]
-    for found, numbers in zip(stream.batches(plan), plan, strict=True):
-        expected = stream.batch(numbers)
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1])
+def test_steps_read_ahead_are_their_batches(stream: TrainStream):
+    plan = [[range(start, start + 4), range(start + 4, start + 8)][: 1 + start % 3] for start in range(0, 80, 8)]
+    for found, parts in zip(stream.steps(plan), plan, strict=True):
+        for batch, numbers in zip(found, parts, strict=True):
+            assert all(map(torch.equal, batch, stream.batch(numbers)))
 
 
-def test_prefetching_ends_with_its_reader(stream: TrainStream):
-    endless = stream.batches([number] for number in itertools.count())
+def test_reading_ahead_ends_with_its_reader(stream: TrainStream):
+    endless = stream.steps([[number]] for number in itertools.count())
     for _ in range(3):
         next(endless)
     assert any(thread.name == "k2train-prefetch" for thread in threading.enumerate())
@@ -109,11 +108,11 @@ def test_prefetching_ends_with_its_reader(stream: TrainStream):
     assert not any(thread.name == "k2train-prefetch" for thread in threading.enumerate())
 
 
-def test_an_error_while_prefetching_reaches_the_reader(stream: TrainStream):
-    batches = stream.batches([[0], [-1], [1]])
-    next(batches)
+def test_an_error_while_reading_ahead_reaches_the_reader(stream: TrainStream):
+    steps = stream.steps([[[0]], [[1], [-1]], [[1]]])
+    next(steps)
     with pytest.raises(ValueError, match="sample number -1 is negative"):
-        next(batches)
+        next(steps)
 
 
 def test_a_split_smaller_than_a_sample_is_refused(dataset: Dataset):
