@@ -230,10 +230,10 @@ stream = TrainStream(dataset, [DataPhase(2 * 10**9, 2048, {name: 1.0 + i for i, 
 if read:
     stream.batch(range(number, number + 8))
 else:
-    stream.tokens_seen(number), stream._find(number)
+    stream.tokens_seen(number), stream.samples.find(number)
 opened = time.perf_counter() - begin
 begin = time.perf_counter()
-stream._find(10**9)
+stream.samples.find(10**9)
 print(opened, private() - before, time.perf_counter() - begin)
 """
 

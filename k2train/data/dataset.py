@@ -237,6 +237,11 @@ class Dataset:
         """How many bytes of UTF-8 text the split has."""
         return self._total("text_bytes", split, source)
 
+    def numbered(self, source: str) -> int:
+        """How many documents of a source have a number, those that were left out included: at least as many."""
+        left_out: dict[str, int] = self.manifest["about"]["skipped"].get(source, {})
+        return sum(self._total("documents", split, source) for split in SPLITS) + sum(left_out.values())
+
     def documents(self, split: str, source: str | None = None) -> Iterator[tuple[str, Utf8]]:
         """(origin, text in UTF-8) of each document, decoded from its tokens."""
         for origin, tokens in self.stream(split, source).documents():

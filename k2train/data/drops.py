@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,12 @@ class Drops:
         begin: the first sample of which any are; infinity if there is none.
     """
 
-    def __init__(self, drops: Sequence[DropConfig], *, sources: Sequence[str]) -> None:
+    def __init__(self, drops: Sequence[DropConfig], *, documents: Mapping[str, int]) -> None:
         """Reads the lists.
 
         Args:
             drops: as configured.
-            sources: names of the data set's.
+            documents: how many each of the data set's sources has.
 
         Raises:
             DataError: a file cannot be read; a name is not that of a document.
@@ -46,10 +46,15 @@ class Drops:
             numbers: dict[str, list[int]] = {}
             for name in names:
                 match = NAME.fullmatch(name)
-                if not match or match[1] not in sources:
+                if not match or match[1] not in documents:
                     raise DataError(
                         f"data.order.drops: {name!r} is no document: give source/number, as k2train data trace shows "
-                        f"it, of one of the sources {', '.join(sources)}"
+                        f"it, of one of the sources {', '.join(documents)}"
+                    )
+                if int(match[2]) >= documents[match[1]]:
+                    raise DataError(
+                        f"data.order.drops: {name!r} is no document: those of {match[1]} are numbered from 0 to "
+                        f"{documents[match[1]] - 1}; k2train data trace shows their names"
                     )
                 numbers.setdefault(match[1], []).append(int(match[2]))
             self._from.append(drop.from_sample)

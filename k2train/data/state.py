@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def make_state(stream: TrainStream, next_sample: int) -> dict[str, Any]:
     """The state of a run whose next sample has this number; equal on all ranks."""
+    skips = stream.samples.skips
     return {
         "algorithm": VERSION,
         "seed": stream.seed,
@@ -27,7 +28,7 @@ def make_state(stream: TrainStream, next_sample: int) -> dict[str, Any]:
         "packing": stream.packing,
         "group_shards": stream.group_shards,
         "lengths": past_lengths(stream, next_sample),
-        "skips": [list(pair) for pair in stream.skips.pairs if pair[0] < stream.skips.stream_number(next_sample)],
+        "skips": [list(pair) for pair in skips.pairs if pair[0] < skips.stream_number(next_sample)],
         "drops": stream.drops.before(next_sample),
         "tokens": stream.tokens_seen(next_sample),
     }
@@ -35,11 +36,11 @@ def make_state(stream: TrainStream, next_sample: int) -> dict[str, Any]:
 
 def past_lengths(stream: TrainStream, next_sample: int) -> list[list[int]]:
     """[samples, sequence length] of what was read so far; phases of one length are one."""
-    number, found = stream.skips.stream_number(next_sample), list[list[int]]()
-    for plan in stream.plans:
-        samples = (
-            number - plan.first_sample if plan is stream.plans[-1] else min(plan.samples, number - plan.first_sample)
-        )
+    number, found = stream.samples.skips.stream_number(next_sample), list[list[int]]()
+    *_, last = stream.samples.plans
+    for plan in stream.samples.plans:
+        read = number - plan.first_sample
+        samples = read if plan is last else min(plan.samples, read)
         if samples > 0 and found and found[-1][1] == plan.sequence_length:
             found[-1][0] += samples
         elif samples > 0:

@@ -73,6 +73,7 @@ def test_starts_of_training_samples(stream: TokenStream, length: int):
     dataset = SimpleNamespace(
         stream=lambda split, source: stream,
         tokens=lambda split, source: len(stream),
+        numbered=lambda source: 0,
         sources=("only",),
         files=Folder(Path()),
     )

@@ -99,6 +99,12 @@ def test_what_is_no_document_is_refused(manifest, name):
         stream_of(manifest, drop(0, name))
 
 
+def test_a_number_that_no_document_has_is_refused(manifest):
+    stream_of(manifest, drop(0, "web/49"))
+    with pytest.raises(DataError, match=r"'web/50' is no document: those of web are numbered from 0 to 49"):
+        stream_of(manifest, drop(0, "web/7", "web/50"))
+
+
 def test_a_list_that_is_not_there_is_named(manifest, tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.txt"):
         stream_of(manifest, drop(0, file=str(tmp_path / "nowhere.txt")))
