@@ -42,9 +42,8 @@ def default_model() -> list[Shape]:
     """What Muon gets of the model that ``k2train train`` trains without settings; stacks of experts as such."""
     from k2train.cli.commands import TRAIN
     from k2train.cli.compose import compose
-    from k2train.config import RunConfig, parse
+    from k2train.config import MUON_ROLES, RunConfig, parse
     from k2train.model import build_model
-    from k2train.train.engine import MUON_ROLES
 
     config = parse(RunConfig, compose(TRAIN, ["model.vocab_size=4096"]))
     model = build_model(config.model, seed=0, device="meta")

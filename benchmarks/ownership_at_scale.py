@@ -23,10 +23,9 @@ from muonclip import split_parameters
 from muonclip.ownership import newton_schulz_cost
 from muonclip.plan import Piece, Plan, Shape, Task, cut, plan_together
 
-from k2train.config import ModelConfig, parse
+from k2train.config import MUON_ROLES, ModelConfig, parse
 from k2train.model import build_model
 from k2train.paths import config_dir
-from k2train.train.engine import MUON_ROLES
 
 BYTES = 2  # of an element: bfloat16, of gradients, weights and the exchange alike
 Named = Sequence[tuple[str, Shape]]

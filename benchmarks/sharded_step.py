@@ -35,9 +35,8 @@ from measure import interleaved, interval, machine
 from model_step import model_config
 from muonclip import MuonClip, QKClip, split_parameters
 
-from k2train.config import ModelConfig
+from k2train.config import MUON_ROLES, ModelConfig
 from k2train.model import build_model
-from k2train.train.engine import MUON_ROLES
 from k2train.train.quiet import import_deepspeed
 from k2train.train.zero import shards
 

@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if first in TOOLS:
             return _run_tool(first, rest)
-        return _run(COMMANDS[first], read_arguments(rest))
+        return _run(COMMANDS[first], read_arguments(rest, COMMANDS[first].switches))
     except ConfigError as error:
         return _refuse(error.faults, USAGE)
     except OSError as error:

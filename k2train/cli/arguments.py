@@ -22,8 +22,12 @@ class Arguments:
     overrides: tuple[str, ...]  # key=value
 
 
-def read_arguments(words: Sequence[str]) -> Arguments:
+def read_arguments(words: Sequence[str], switches: Sequence[str] = ()) -> Arguments:
     """Sorts the words after the command.
+
+    Args:
+        words: as they were typed.
+        switches: keys of the command that ``--KEY`` sets to true.
 
     Raises:
         ConfigError: an option that is not there, lacks its value or has a wrong one.
@@ -50,9 +54,12 @@ def read_arguments(words: Sequence[str]) -> Arguments:
                 faults.append(
                     f"--config-dir {value}: it is no folder; give the one that holds experiment/, model/, ..."
                 )
+        elif word.startswith("--") and word[2:] in switches:
+            overrides.append(f"{word[2:]}=true")
         elif word.startswith("-"):
-            close = difflib.get_close_matches(option, OPTIONS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(OPTIONS)}"
+            known = (*OPTIONS, *(f"--{key}" for key in switches))
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
             faults.append(f"{option} is no option: {hint}")
         else:
             overrides.append(word)

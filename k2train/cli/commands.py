@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2train.config import CheckConfig, ExportConfig, ImportConfig, RunConfig, WriteConfig
+from k2train.config import CheckConfig, ExportConfig, ImportConfig, PlanConfig, RunConfig, WriteConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Command:
     module: str
     common: tuple[tuple[str, str], ...]  # the overrides people need most, and what they do
     argument: str | None = None  # the key that a word without = is the value of
+    switches: tuple[str, ...] = ()  # keys that --KEY sets to true
 
 
 RUN_GROUPS = ("model", "data", "optim", "schedule", "parallel", "track", "experiment")
@@ -113,6 +114,31 @@ AUDIT = Command(
         ("parallel.zero_stage=2", "gradients shared out too"),
         ("train.global_batch_size=16", "sequences in the step, over all processes"),
     ),
+)
+
+PLAN = Command(
+    name="plan",
+    summary="tell what a run would take: memory, traffic, time and money, before it costs anything",
+    explanation=(
+        "Counts, without torch and in under a second, what a run of this config would take on a cluster: parameters,\n"
+        "operations, memory of a GPU by component, bytes sent in a step by kind, and by a roofline model the time of\n"
+        "a step, days, GPU-hours and money. --search tries other ZeRO stages, expert parallelism, micro-batches and\n"
+        "activation checkpointing, ranks what fits and says why the rest does not. It takes the same overrides as\n"
+        "train. The exit status is 0 if the run fits into the memory, else 1. See docs/plan.md."
+    ),
+    primary="plan",
+    groups=(*RUN_GROUPS, "cluster"),
+    schema=PlanConfig,
+    module="k2train.cli.plan",
+    common=(
+        ("experiment=k2", "a recipe; see docs/recipes.md"),
+        ("cluster=h800-2048", "another machine"),
+        ("cluster.nodes=4", "more nodes of it"),
+        ("cluster.dollars_per_hour=2", "what a GPU costs an hour"),
+        ("parallel.zero_stage=2", "how the run is split, as for train"),
+        ("picture=plan.svg", "memory and time as a picture"),
+    ),
+    switches=("search", "json"),
 )
 
 GENERATE = Command(
@@ -217,7 +243,8 @@ VERIFY = Command(
 )
 
 COMMANDS = {
-    command.name: command for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
+    command.name: command
+    for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, PLAN, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
 }
 
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.

@@ -20,6 +20,7 @@ GROUPS = {
     "parallel": "how the work is split over processes",
     "track": "where metrics go beside metrics.jsonl",
     "experiment": "settings of several groups that belong together",
+    "cluster": "the machine that a run is planned for",
 }
 
 
@@ -59,10 +60,11 @@ def command_help(command: Command, own_dirs: Sequence[Path]) -> str:
         own_dirs: folders with configs of one's own, whose options are listed too.
     """
     argument = f"{command.argument.upper()} " if command.argument else ""
+    switches = "".join(f"[--{key}] " for key in command.switches)
     lines = [
         f"k2train {command.name}: {command.summary}",
         "",
-        f"  k2train {command.name} {argument}[key=value ...] [--cfg job] [--config-dir DIR]",
+        f"  k2train {command.name} {argument}[key=value ...] {switches}[--cfg job] [--config-dir DIR]",
         "",
         command.explanation,
     ]
@@ -78,6 +80,7 @@ def command_help(command: Command, own_dirs: Sequence[Path]) -> str:
         "Options:",
         *_table(
             [
+                *((f"--{key}", f"the same as {key}=true") for key in command.switches),
                 ("--cfg job", "print the composed config, every key of it, and stop"),
                 ("--config-dir DIR", "look for options in DIR too: DIR/experiment/mine.yaml is experiment=mine"),
             ]

@@ -4,6 +4,7 @@
 ``compare`` says whether two configs are the same run.
 """
 
+from k2train.config.cluster import ClusterConfig, PlanConfig
 from k2train.config.compare import Change, changed_settings, leaves, refuse_changes
 from k2train.config.data import DataConfig, DropConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
@@ -11,6 +12,7 @@ from k2train.config.monitor import InjectConfig, MonitorConfig
 from k2train.config.parse import ConfigError, parse, to_dict
 from k2train.config.schedule import PhaseConfig, RopeScalingConfig, ScheduleConfig
 from k2train.config.schema import (
+    MUON_ROLES,
     RESUME,
     CheckConfig,
     CheckpointConfig,
@@ -32,10 +34,12 @@ from k2train.config.schema import (
 )
 
 __all__ = [
+    "MUON_ROLES",
     "RESUME",
     "Change",
     "CheckConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "ConfigError",
     "DataConfig",
     "DropConfig",
@@ -50,6 +54,7 @@ __all__ = [
     "OrderConfig",
     "ParallelConfig",
     "PhaseConfig",
+    "PlanConfig",
     "ProfileConfig",
     "RoleConfig",
     "RopeScalingConfig",

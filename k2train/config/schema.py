@@ -18,6 +18,8 @@ from k2train.config.schedule import RopeScalingConfig, ScheduleConfig
 
 # What a parameter is for; the model says it of each of its own.
 ROLES = ("embedding", "head", "attention", "mlp", "expert", "router", "norm")
+# Hidden matrices; all other roles (embedding, head, norm) always use AdamW. MuonClip: arXiv 2507.20534, section 2.1.
+MUON_ROLES = ("attention", "mlp", "expert", "router")
 
 # What ``resume`` may be besides a path.
 RESUME = ("auto", "must", "never")

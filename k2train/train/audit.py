@@ -20,8 +20,8 @@ from muonclip import MuonClip
 from muonclip.audit import ElementUpdate, MatrixUpdate, Rule, StepAudit, adamw_fault, adamw_rms, rules
 
 from k2train.comm import gather_json
+from k2train.config import MUON_ROLES
 from k2train.model import Transformer
-from k2train.train.engine import MUON_ROLES
 from k2train.train.errors import RunError
 from k2train.train.state import Experts, shapes
 from k2train.train.zero import whole_shape

@@ -10,11 +10,9 @@ import torch
 from muonclip import POLAR_EXPRESS, QUINTIC, MuonClip, QKClip, split_parameters
 
 from k2train.comm import World
-from k2train.config import OptimConfig, RunConfig
+from k2train.config import MUON_ROLES, OptimConfig, RunConfig
 from k2train.model import Transformer
 
-# Hidden matrices; all other roles (embedding, head, norm) always use AdamW. MuonClip: arXiv 2507.20534, section 2.1.
-MUON_ROLES = ("attention", "mlp", "expert", "router")
 COEFFICIENTS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

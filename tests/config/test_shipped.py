@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from k2train.cli.commands import COMMANDS, TRAIN
+from k2train.cli.commands import COMMANDS, PLAN, TRAIN
 from k2train.cli.compose import compose
 from k2train.cli.options import group_options
-from k2train.config import RunConfig, parse
+from k2train.config import PlanConfig, RunConfig, parse
 from k2train.paths import config_dir
 from k2train.train.phases import build_plan
 
@@ -25,19 +25,28 @@ def test_option_makes_a_valid_run(group, option):
     assert build_plan(config).steps > 0
 
 
+@pytest.mark.parametrize("option", group_options("cluster", []))
+def test_cluster_is_valid(option):
+    config = parse(PlanConfig, compose(PLAN, [f"cluster={option}"]))
+    assert config.cluster.devices >= 1
+
+
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_commands_know_their_groups(command):
     primary = yaml.safe_load((config_dir() / f"{command.primary}.yaml").read_text())
     defaults = primary.get("defaults", [])
+    if "train" in defaults:  # the plan of a run begins with the run's config
+        assert defaults[1:] == [{"cluster": "h100"}, "_self_"]
+        defaults = yaml.safe_load((config_dir() / "train.yaml").read_text())["defaults"]
     groups = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
-    assert tuple(groups) == command.groups
+    assert tuple(groups) == tuple(group for group in command.groups if group != "cluster")
     if groups:
         assert defaults[-2:] == ["_self_", {"experiment": None}]  # else an experiment's own values would be lost
     parse(command.schema, compose(command, []))
 
 
 def test_every_folder_is_a_group():
-    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == set(TRAIN.groups)
+    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == {*TRAIN.groups, *PLAN.groups}
 
 
 def test_every_file_says_what_it_is():

@@ -1,0 +1,58 @@
+"""The knobs of ``k2train plan``: a run's, and the machine that it is planned for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from k2train.config.rules import rule
+from k2train.config.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Nodes of equal devices, a process on each. Bandwidths are those of a device in one direction, in bytes a second.
+
+    Peaks and bandwidths are the vendor's; the efficiencies say what share of them programs attain.
+    """
+
+    device: str = rule(one_of=("cuda", "cpu"))
+    nodes: int = rule(at_least=1)
+    devices_per_node: int = rule(at_least=1)
+    memory_bytes: float = rule(above=0)  # of a device
+    reserved_bytes: float = rule(at_least=0)  # of it: driver, libraries' workspaces, buffers of the network library
+    fragmentation: float = rule(at_least=0)  # lost between allocations, as a share of what comes and goes
+    bf16_flops: float = rule(above=0)  # a second, dense, accumulated in fp32
+    fp32_flops: float = rule(above=0)
+    product_efficiency: float = rule(above=0, at_most=1)  # of these, in a model's matrix products
+    memory_bandwidth: float = rule(above=0)
+    memory_efficiency: float = rule(above=0, at_most=1)
+    node_bandwidth: float = rule(above=0)  # to the other devices of the node
+    network_bandwidth: float = rule(above=0)  # to other nodes
+    network_efficiency: float = rule(above=0, at_most=1)  # of both
+    latency: float = rule(at_least=0)  # seconds that a collective takes at least
+    dollars_per_hour: float | None = rule(at_least=0)  # of a device; null: no price is known
+
+    @property
+    def devices(self) -> int:
+        """In all nodes."""
+        return self.nodes * self.devices_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+    """All that decides a plan: a run, and where it would run."""
+
+    cluster: ClusterConfig = rule()
+    search: bool = rule()  # try other ways of splitting the run too, and rank those that fit
+    json: bool = rule()  # for programs, in the place of the page
+    picture: str | None = rule()  # a file to draw memory and time into, as SVG; null: none
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        yield from super().check()
+        if self.train.device not in ("auto", self.cluster.device):
+            yield (
+                f"train.device={self.train.device} but cluster.device={self.cluster.device}: "
+                "set train.device=auto, or choose another cluster"
+            )

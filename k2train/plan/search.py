@@ -1,0 +1,133 @@
+"""Other ways of splitting the same run, ranked by time, and why those that are not among them are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from k2train.config import PlanConfig
+from k2train.plan.estimate import Estimate, Part, estimate
+from k2train.plan.exchange import Exchange, muon_exchange
+from k2train.plan.layout import build_layout
+from k2train.units import memory as as_text
+
+STAGES = (1, 2, 3)
+CHECKPOINTING = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way of splitting a run."""
+
+    zero_stage: int
+    expert_parallel: int
+    sequence_parallel: int
+    micro_batch_size: int
+    activation_checkpointing: str
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What to add to the command."""
+        found = [
+            f"parallel.zero_stage={self.zero_stage}",
+            f"parallel.expert_parallel={self.expert_parallel}",
+            f"train.micro_batch_size={self.micro_batch_size}",
+            f"train.activation_checkpointing={self.activation_checkpointing}",
+        ]
+        if self.sequence_parallel > 1:
+            found.insert(2, f"parallel.sequence_parallel={self.sequence_parallel}")
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found."""
+
+    tried: int
+    fitting: Sequence[tuple[Candidate, Estimate]]  # fastest first
+    closest: tuple[Candidate, Estimate] | None  # if none fits: the one that needs least memory
+    reasons: Counter[str]  # why others do not fit, and how many
+
+
+def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
+    """Tries ZeRO stages, expert and sequence parallelism, micro-batches and activation checkpointing.
+
+    Muon's exchange is bounded, not planned, so that a candidate takes a millisecond.
+
+    Args:
+        config: of the run, whose cluster, batch and sequence length stay as they are.
+        parts: of the run; all get the same micro-batch.
+    """
+    fitting, reasons, tried = [], Counter[str](), 0
+    closest: tuple[Candidate, Estimate] | None = None
+    exchanges: dict[tuple[int, int], Exchange] = {}
+    for candidate in candidates(config, parts):
+        tried += 1
+        own, split = configured(config, candidate), (candidate.zero_stage, candidate.expert_parallel)
+        if split not in exchanges:
+            exchanges[split] = muon_exchange(build_layout(own), exact=False)
+        own_parts = [dataclasses.replace(part, micro_batch=candidate.micro_batch_size) for part in parts]
+        found = estimate(own, own_parts, exchange=exchanges[split])
+        if found.fits:
+            fitting.append((candidate, found))
+            continue
+        reasons[_reason(candidate, found)] += 1
+        if closest is None or found.fullest.memory.total < closest[1].fullest.memory.total:
+            closest = candidate, found
+    fitting.sort(key=lambda pair: pair[1].seconds)
+    return Found(tried, fitting, None if fitting else closest, reasons)
+
+
+def candidates(config: PlanConfig, parts: Sequence[Part]) -> Iterator[Candidate]:
+    """All that divide the devices, the experts, the heads and the batch as they must."""
+    ranks, model = config.cluster.devices, config.model
+    experts = math.gcd(ranks, model.n_routed_experts) if model.has_experts else 1
+    splits = math.gcd(ranks, model.num_attention_heads) if hasattr(config.parallel, "sequence_parallel") else 1
+    lengths = [part.length for part in parts]
+    for ep, sp in itertools.product(_divisors(experts), _divisors(math.gcd(splits, *lengths))):
+        sequences = math.gcd(*(part.batch * sp for part in parts))
+        if sequences % ranks:
+            continue
+        for micro, stage, mode in itertools.product(_powers(sequences // ranks), STAGES, CHECKPOINTING):
+            yield Candidate(stage, ep, sp, micro, mode)
+
+
+def configured(config: PlanConfig, candidate: Candidate) -> PlanConfig:
+    """The run, split so."""
+    split: dict[str, Any] = {"zero_stage": candidate.zero_stage, "expert_parallel": candidate.expert_parallel}
+    if candidate.sequence_parallel > 1:
+        split["sequence_parallel"] = candidate.sequence_parallel
+    parallel = dataclasses.replace(config.parallel, **split)
+    train = dataclasses.replace(
+        config.train,
+        micro_batch_size=candidate.micro_batch_size,
+        activation_checkpointing=candidate.activation_checkpointing,
+    )
+    return dataclasses.replace(config, parallel=parallel, train=train)
+
+
+def _reason(candidate: Candidate, found: Estimate) -> str:
+    """What takes most of the memory, at that stage and expert parallelism."""
+    components = found.fullest.memory.components
+    largest = max(components, key=lambda name: components[name])
+    return f"ZeRO-{candidate.zero_stage}, experts over {candidate.expert_parallel}: too large, mostly {largest}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _powers(limit: int) -> list[int]:
+    """Powers of two that divide it."""
+    return [2**n for n in range(limit.bit_length()) if limit % 2**n == 0]
+
+
+def headroom(found: Estimate) -> str:
+    """How full a device would be, for people."""
+    memory = found.fullest.memory
+    return f"{as_text(memory.total)} of {as_text(memory.capacity)}"

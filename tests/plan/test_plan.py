@@ -1,0 +1,157 @@
+"""What the plan says of a run, without one."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from k2train.cli import main
+from k2train.cli.commands import PLAN
+from k2train.cli.compose import compose
+from k2train.cli.plan import parts
+from k2train.config import ConfigError, PlanConfig, parse
+from k2train.plan.communication import Traffic, by_kind
+from k2train.plan.estimate import Estimate, Part, estimate, vocabulary
+from k2train.plan.exchange import muon_exchange
+from k2train.plan.hardware import Hardware
+from k2train.plan.layout import build_layout
+from k2train.plan.picture import picture
+from k2train.plan.search import configured, search
+
+PRETRAINING = Part("pretraining", 10, 16384, 1, 4096)
+K2 = ["model=k2", "cluster=h800-2048", "parallel.zero_stage=2", "parallel.expert_parallel=128"]
+
+
+def config_of(*words: str) -> PlanConfig:
+    config = parse(PlanConfig, compose(PLAN, list(words)))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary(config)))
+
+
+def planned(*words: str) -> Estimate:
+    config = config_of(*words)
+    return estimate(config, parts(config))
+
+
+def test_a_page_says_what_a_run_takes(capsys):
+    assert main(["plan", "experiment=tiny", "cluster=cpu"]) == 0
+    page = capsys.readouterr().out
+    for words in ("parameters", "Memory of a device", "Given to collectives", "Time of a step", "device-hours"):
+        assert words in page
+
+
+def test_json_adds_up(capsys):
+    assert main(["plan", "experiment=k2-in-small", "--json", "--search", "cluster=cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [phase["name"] for phase in found["phases"]] == ["pretraining", "annealing", "long_context", "yarn"]
+    assert sum(phase["tokens"] for phase in found["phases"]) == found["tokens"]
+    for phase in found["phases"]:
+        held = phase["memory"]
+        working = max(sum(held["passes"].values()), sum(held["update"].values()))
+        assert held["total"] == pytest.approx(
+            sum(held["state"].values()) + working + held["fragmentation"] + held["reserved"]
+        )
+        assert sum(phase["step_parts"].values()) == pytest.approx(phase["step_seconds"])
+    assert found["search"]["fitting"]
+
+
+def test_a_run_that_does_not_fit_is_told_so(capsys):
+    assert main(["plan", "experiment=tiny", "cluster=cpu", "cluster.memory_bytes=5.1e8"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_plan_needs_no_torch():
+    code = (
+        "import sys; from k2train.cli import main; main(['plan', 'model=k2', 'cluster=h800-2048', "
+        "'parallel.zero_stage=3', 'train.global_batch_size=2048', 'train.micro_batch_size=1', "
+        "'model.rope_scaling=null', '--search']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_picture_is_a_picture():
+    found = ET.fromstring(picture(planned("experiment=tiny", "cluster=cpu")))
+    words = [element.text for element in found.iter() if element.tag.endswith("text")]
+    assert "fp32 masters" in words
+    assert any(word.startswith("A step") for word in words if word)
+
+
+def test_what_does_not_divide_is_refused(capsys):
+    assert main(["plan", "experiment=tiny", "cluster.nodes=3"]) == 2
+    assert "does not divide over 24 devices" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"expert_parallel=8 does not divide the 4 devices"):
+        planned("experiment=tiny", "cluster=cpu", "cluster.devices_per_node=4", "parallel.expert_parallel=8")
+
+
+def test_a_device_of_another_kind_is_refused(capsys):
+    assert main(["plan", "experiment=tiny", "train.device=cpu"]) == 2
+    assert "train.device=cpu but cluster.device=cuda" in capsys.readouterr().err
+
+
+def test_the_vocabulary_follows_the_tokenizer():
+    assert config_of("data.tokenizer.vocab_size=5000").model.vocab_size == 5056
+    with pytest.raises(ConfigError, match=r"give model\.vocab_size"):
+        config_of("data.tokenizer.kind=json", "data.tokenizer.path=tokenizer.json")
+
+
+def test_what_each_stage_shares_out():
+    """ZeRO (arXiv 1910.02054, section 5): state at stage 1, gradients at 2, weights at 3."""
+    held = {}
+    for stage in (1, 2, 3):
+        held[stage] = estimate(config_of(*K2, f"parallel.zero_stage={stage}"), [PRETRAINING])
+    state = {stage: found.phases[0].memory.state for stage, found in held.items()}
+    assert state[1]["fp32 masters"] == state[2]["fp32 masters"] == pytest.approx(state[3]["fp32 masters"], rel=0.01)
+    assert state[2]["gradients"] < state[1]["gradients"] / 10
+    assert state[3]["weights"] < state[2]["weights"] / 10
+    assert state[1]["weights"] == state[2]["weights"]
+
+
+def test_experts_are_shared_out():
+    few, many = (estimate(config_of(*K2, f"parallel.expert_parallel={ep}"), [PRETRAINING]) for ep in (64, 128))
+    sizes = [sum(p.elements for p in found.layout.local if p.role == "expert") for found in (few, many)]
+    assert sizes[0] == 2 * sizes[1]
+    assert by_kind(list(few.phases[0].traffic))["expert all-to-all"] == pytest.approx(
+        by_kind(list(many.phases[0].traffic))["expert all-to-all"]
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_bound_on_the_exchange_is_one(stage):
+    layout = build_layout(config_of(*K2, f"parallel.zero_stage={stage}"))
+    exact, bound = (muon_exchange(layout, exact=exact) for exact in (True, False))
+    assert exact.mean <= bound.mean
+    assert bound.flops <= exact.flops < 1.1 * bound.flops
+
+
+def test_collectives_take_as_long_as_rings_do():
+    hardware = Hardware(config_of("cluster.nodes=2", "cluster.latency=0", "cluster.network_efficiency=1").cluster)
+    size = 1e9
+
+    def seconds(operation: str, ranks: int, stride: int = 1) -> float:
+        return hardware.sending(Traffic("", operation, size, 1, ranks, stride))
+
+    assert seconds("all_gather", 8) == pytest.approx(7 / 8 * size / 450e9)
+    assert seconds("all_reduce", 8) == pytest.approx(2 * seconds("reduce_scatter", 8))
+    assert seconds("all_gather", 16) == pytest.approx(15 / 16 * size / 400e9)  # all eight cards of a node
+    assert seconds("all_gather", 2, stride=8) == pytest.approx(size / 2 / 50e9)  # one card
+    assert seconds("all_to_all", 16) == pytest.approx(size / 2 / 50e9)
+
+
+def test_a_search_ranks_what_fits_and_says_why_the_rest_does_not():
+    config = config_of(*K2)
+    found = search(config, [PRETRAINING])
+    assert found.tried == len(found.fitting) + sum(found.reasons.values())
+    assert [one.seconds for _, one in found.fitting] == sorted(one.seconds for _, one in found.fitting)
+    assert any("ZeRO-1, experts over 1: too large" in reason for reason in found.reasons)
+    candidate, best = found.fitting[0]
+    own = dataclasses.replace(PRETRAINING, micro_batch=candidate.micro_batch_size)
+    again = estimate(configured(config, candidate), [own])
+    assert again.fits
+    assert again.seconds == pytest.approx(best.seconds, rel=0.02)
+
+
+def test_a_search_that_finds_nothing_names_what_is_closest(capsys):
+    assert main(["plan", "experiment=tiny", "cluster=cpu", "cluster.memory_bytes=5e8", "--search"]) == 1
+    assert "the closest" in capsys.readouterr().out
