@@ -62,6 +62,15 @@ def off(mixture: Mixture, block: int) -> Fraction:
     return max(abs(quota - due) for quota, due in zip(mixture.quotas(block), exact, strict=True))
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(5, 32), st.integers(0, 2**32), st.lists(st.integers(0, 12 * BLOCK), max_size=3))
+def test_sources_of_a_thousandth_and_more_are_within_one_sample_however_many(number, seed, samples):
+    rng = np.random.default_rng(seed)
+    weights = [0.001 + (1 - 0.001 * number) * rng.dirichlet(np.full(number, 0.3)) for _ in [0, *samples]]
+    mixture = Mixture([Knot(at, tuple(w.tolist())) for at, w in zip([0, *sorted(samples)], weights, strict=True)])
+    assert all(off(mixture, block) < 1 for block in (1, 5, 13, 1000))
+
+
 FIBONACCI = (1e-7, 1e-5, 1.01e-5, 2.02e-5, 3.04e-5, 5.07e-5, 8.12e-5, 13.2e-5, 21.4e-5, 34.7e-5, 1.0)
 MIXES = {
     "equal": lambda rng, number: np.ones(number),
