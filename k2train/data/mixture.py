@@ -12,8 +12,8 @@ to four sources. In Huffman's tree of weights w that stay, the nodes above a lea
 its weight (two neighbours are each no smaller than the lesser child of the node beside), so that no source is off by
 more than (1 + 1 + 1/2 + 1/3 + 1/5 + ...) / 2 < 1.7 samples, whatever their number. The better of the two is taken. At
 the end of each block of ``BLOCK`` samples, the sources that have samples to spare on both sides of it are rounded once
-more, each to one of the two whole numbers beside what it is due: where all have, none is off by one. Inside a block, the samples of a source are spread as
-what it is due rises.
+more, each to one of the two whole numbers beside what it is due: where all have, none is off by one. Inside a block,
+the samples of a source are spread as what it is due rises.
 
 Source: Huffman 1952, "A method for the construction of minimum-redundancy codes". Whether counts in closed form that
 never run backwards could all stay within one sample, for any number of sources however rare, we do not know; ``bound``
