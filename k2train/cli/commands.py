@@ -52,13 +52,15 @@ DATA_SHOW = Command(
     summary="show what the data of a run holds, with a look at some documents",
     explanation=(
         "Prints documents, tokens, bytes and shards of each split of each source, and the beginning of some of the\n"
-        "documents. It takes the same overrides as prepare, and prepares what is not there yet."
+        "documents. It takes the same overrides as prepare, and prepares what is not there yet; or the folder or URL\n"
+        "of what was prepared."
     ),
     primary="train",
     groups=RUN_GROUPS,
     schema=RunConfig,
     module="k2train.cli.show",
     common=PREPARE.common,
+    argument="data.prepared",
 )
 
 TRAIN = Command(

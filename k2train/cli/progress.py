@@ -15,7 +15,7 @@ SILENCE = 30.0  # seconds between two lines of a stage where there is no termina
 STAGES = {
     "wait": "waiting for another process that prepares the same data",
     "read": "reading the text",
-    "tokenizer": "training the tokenizer",
+    "tokenizer": "making the tokenizer",
     "encode": "encoding the text",
 }
 

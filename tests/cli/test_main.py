@@ -154,6 +154,15 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     assert "the same command goes on" in errors(capsys)[0]
 
 
+def test_a_reader_that_has_had_enough_ends_it_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-u", "-m", "k2train", "train", "--help"]
+    result = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 def test_what_is_not_installed_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["train"]) == 2

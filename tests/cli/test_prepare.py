@@ -55,5 +55,8 @@ def test_show(tmp_path, words, capsys):
     assert "folder, train: part" in shown
     assert "folder, held out: part" in shown
     assert "def function_" in shown
+    folder = shown.splitlines()[-1].removeprefix("data: ")
+    assert main(["data", "show", folder]) == 0
+    assert capsys.readouterr().out in shown
     assert main(["data", "show", *words, f"data.path={tmp_path / 'nowhere'}"]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err

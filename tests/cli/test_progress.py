@@ -16,7 +16,7 @@ def test_a_line_a_stage_where_there_is_no_terminal():
                 progress(stage, done, 5)
     assert stream.getvalue().splitlines() == [
         "preparing the data: reading the text",
-        "preparing the data: training the tokenizer",
+        "preparing the data: making the tokenizer",
         "preparing the data: encoding the text",
     ]
 

@@ -288,6 +288,15 @@ def test_a_damaged_shard_is_made_anew_once_the_folder_is_deleted(corpus, make_co
     assert open_dataset(prepare(make_config(), cache=tmp_path / "cache", progress=silent)).fingerprint == fingerprint
 
 
+def test_a_tokenizer_that_is_none_is_refused_before_the_text_is_read(corpus, make_config, tmp_path):
+    path, stages = tmp_path / "tiktoken.model", []
+    path.write_text("no ranks at all")
+    config = make_config(tokenizer={"kind": "tiktoken", "path": str(path)})
+    with pytest.raises(DataError, match=r"tiktoken.model is no tiktoken file"):
+        prepare(config, cache=tmp_path, progress=lambda stage, done, total: stages.append(stage))
+    assert not stages
+
+
 def test_the_tokenizer_learns_from_at_most_so_much_text(corpus, make_config, tmp_path, monkeypatch):
     whole = prepare(make_config(), cache=tmp_path / "whole", progress=silent)
     monkeypatch.setattr(MODULE, "TRAINING_BYTES", 2000)

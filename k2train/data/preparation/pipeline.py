@@ -125,6 +125,8 @@ class _Preparation:
 
     def make(self, lanes: list[Lane]) -> dict[str, Any]:
         """Runs the stages and returns the manifest."""
+        tokenizer = self.config.tokenizer
+        given = None if tokenizer.kind == "bpe" else define(tokenizer, ())  # refused before all the text is read
         (self.folder / WORK_NAME).mkdir(exist_ok=True)
         self._run("read", lanes, partial(_survey, self.folder, self.sources, self.config.dedup == "near"))
         plan = decide(
@@ -136,7 +138,7 @@ class _Preparation:
             near_threshold=self.config.near_threshold,
             share=self.config.held_out,
         )
-        described = self._make_tokenizer(lanes, plan)
+        described = self._make_tokenizer(lanes, plan, given)
         made = self._encode(lanes, plan, described)
         return self._manifest(plan, described, made)
 
@@ -153,17 +155,17 @@ class _Preparation:
             )
         )
 
-    def _make_tokenizer(self, lanes: list[Lane], plan: Plan) -> dict[str, Any]:
-        """Writes the tokenizer, trained on a sample of the text, and describes it."""
+    def _make_tokenizer(self, lanes: list[Lane], plan: Plan, given: str | None) -> dict[str, Any]:
+        """Writes the tokenizer, trained on a sample of the text unless it is given, and describes it."""
         config = self.config.tokenizer
-        trained = config.kind == "bpe"
+        trained = given is None
         wanted = TRAINING_BYTES if trained else CHECKED_DOCUMENTS * CHECKED_CHARACTERS
         shuffled = sorted(lanes, key=lambda lane: xxhash.xxh3_64_intdigest(f"{lane.number}".encode()))
         chosen = shuffled[: TRAINING_LANES if trained else CHECKED_LANES]
         tasks = ((lane, plan.of(lane).copy(), -(-wanted // len(chosen))) for lane in sorted(chosen, key=_number))
         found = self._run("tokenizer", chosen, partial(_sample, self.folder, self.sources), tasks)
         texts = [text for part in found for text in part]
-        definition = define(config, texts)
+        definition = define(config, texts) if given is None else given
         atomic_write(self.folder / TOKENIZER_NAME, definition)
         sample = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
         cut = (text[:CHECKED_CHARACTERS] for text in sample)
