@@ -35,7 +35,8 @@ ONLY_IN = {
     "hydra": ["k2train.cli"],
     "omegaconf": ["k2train.cli"],
     "deepspeed": ["k2train.train"],
-    "wandb": ["k2train.train.track"],
+    "wandb": ["k2train.train.track_wandb"],
+    "tensorboard": ["k2train.train.track_tensorboard"],
     "datasets": ["k2train.data"],
     "transformers": ["k2train.export.check"],
     "optim": [],  # the source root of muonclip: by this name it would be a second MuonClip

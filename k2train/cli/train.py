@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -135,7 +134,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     from k2train.train.metrics import MetricsFile
     from k2train.train.profile import Profiler
     from k2train.train.terminal import Terminal
-    from k2train.train.track import Tracker
+    from k2train.train.track import build_tracker
     from k2train.train.trainer import Trainer
 
     world = open_world(config.train.device, store=store, timeout=2 * limit)  # the watchdog, with its stacks, is first
@@ -147,7 +146,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     samples = Samples(config.generate, paths.samples, every=config.generate.every)
     hooks = [terminal, samples, Profiler(config.profile.steps, paths.profile), *own]
     if world.main:
-        tracker = Tracker(config.track, to_dict(config), folder=paths.root, name=config.name, say=terminal.say)
+        tracker = build_tracker(config.track, to_dict(config), folder=paths.root, name=config.name, say=terminal.say)
         hooks += [MetricsFile(paths.metrics, say=terminal.say), Incidents(paths.incidents, say=terminal.say), tracker]
     trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say, hooks=hooks)
     with terminal, signals.deferred():
@@ -216,7 +215,7 @@ def _report(trainer: Trainer, result: Validation, streams: Quiet) -> None:
         compression=compression,
         max_logit=progress.max_logit if math.isfinite(progress.max_logit) else None,
         clipped_steps=progress.clipped_steps,
-        peak_memory=trainer.peak_device_memory() or _peak_memory(),
+        peak_memory=trainer.peak_memory(),
         world_size=trainer.world.size,
         device=trainer.world.device.type,
         precision=trainer.precision,
@@ -227,8 +226,3 @@ def _report(trainer: Trainer, result: Validation, streams: Quiet) -> None:
     console.print(summary_table(summary))
     console.print(f"\nA sample ({paths.sample}):\n", style="dim")
     console.print(printable(text), markup=False)
-
-
-def _peak_memory() -> int:
-    """Bytes that this process had in memory at most; Linux counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -218,7 +218,11 @@ class TrackConfig:
 
     wandb: str = rule(one_of=("auto", "off", "offline", "online"))  # auto: online if logged in, else offline
     project: str = rule()
+    group: str | None = rule()  # of runs that belong together, such as those of a sweep
+    tensorboard: bool = rule()  # whether TensorBoard's files are written, too
     log_every: int = rule(at_least=1)  # steps
+    telemetry_every: int = rule(at_least=0)  # records between two with telemetry (docs/metrics.md); 0: none
+    spectrum_every: int = rule(at_least=0)  # steps between two with the weights' SVD entropy; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ class Attention(Float32Buffers):
     training mode since ``reset_max_logits`` (-inf when there was none, NaN when a logit was NaN), and ``row_scales``
     says which rows of which weights the clip multiplies. ``max_logit_fallbacks`` counts the heads of those passes whose
     maximum the attention kernel's log-sum-exp did not tell (see ``causal.attention``): more than a few cost time on a
-    CPU, and on a GPU clip by too much.
+    CPU, and on a GPU clip by too much. ``found_logits`` [H] fp32 are the largest logits that were seen themselves:
+    where they are less than ``max_logits``, those are upper bounds.
 
     Attributes:
         exact_above: a head whose logits provably do not exceed this may report that bound instead of its maximum. No
@@ -42,8 +43,9 @@ class Attention(Float32Buffers):
 
     recompute = False
 
-    float32_buffers: ClassVar[tuple[str, ...]] = ("max_logits",)
+    float32_buffers: ClassVar[tuple[str, ...]] = ("max_logits", "found_logits")
     max_logits: Tensor
+    found_logits: Tensor
     max_logit_fallbacks: Tensor
     o_proj: nn.Linear  # [D, H * V]
 
@@ -53,7 +55,8 @@ class Attention(Float32Buffers):
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.scale = softmax_scale(self.nope + self.rope, config.rope_scaling)
         self.exact_above = HEALTHY
-        self.register_buffer("max_logits", torch.empty(self.heads, dtype=torch.float32), persistent=False)
+        for name in self.float32_buffers:
+            self.register_buffer(name, torch.empty(self.heads, dtype=torch.float32), persistent=False)
         self.register_buffer("max_logit_fallbacks", torch.empty((), dtype=torch.int64), persistent=False)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None) -> Tensor:
@@ -82,6 +85,7 @@ class Attention(Float32Buffers):
         )
         if maxima is not None:
             self.max_logits = torch.maximum(self.max_logits, maxima.largest)
+            self.found_logits = torch.maximum(self.found_logits, maxima.found)
             self.max_logit_fallbacks = self.max_logit_fallbacks + maxima.fallbacks
         out: Tensor = self.o_proj(out_BHTV.transpose(1, 2).reshape(B, T, -1))
         return out
@@ -144,6 +148,7 @@ class Attention(Float32Buffers):
     def reset_max_logits(self) -> None:
         """Forgets the maxima: the next forward pass in training mode starts a new step."""
         self.max_logits = torch.full_like(self.max_logits, float("-inf"))
+        self.found_logits = torch.full_like(self.found_logits, float("-inf"))
         self.max_logit_fallbacks = torch.zeros_like(self.max_logit_fallbacks)
 
 

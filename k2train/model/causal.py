@@ -38,10 +38,12 @@ class MaxLogits(NamedTuple):
     Attributes:
         largest: [H] fp32, without gradient.
         fallbacks: how many heads' maxima the log-sum-exp did not tell, an integer on the device.
+        found: [H] fp32, the largest logit that was seen itself; less than ``largest`` where that is an upper bound.
     """
 
     largest: Tensor
     fallbacks: Tensor
+    found: Tensor
 
 
 def choose_backend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, starts_BT: Tensor | None, *, scale: float) -> str:
@@ -73,7 +75,8 @@ def _from_lse(
     unsure = ~((bound <= found) | (bound <= exact_above) | found.isnan())
     if not q_BHTd.is_cuda and bool(unsure.any()):
         bound[unsure] = max_logits_by_blocks(q_BHTd[:, unsure], k_BHTd[:, unsure], starts_BT, scale=scale)
-    return MaxLogits(bound, unsure.sum())
+        found = torch.where(unsure, bound, found)
+    return MaxLogits(bound, unsure.sum(), found)
 
 
 def attention(
@@ -125,16 +128,17 @@ def attention(
     none = torch.zeros((), dtype=torch.int64, device=q_BHTd.device)
     if name == "block":
         out, largest = block_attention(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale, with_max=with_max, keep=keep)
-        return out, MaxLogits(largest, none) if with_max else None
+        return out, MaxLogits(largest, none, largest) if with_max else None
     if name == "flex":
         out, row_maxima = kernels.flex(q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale)
-        return out, MaxLogits(row_maxima.detach().amax((0, 2)).float(), none) if with_max else None
+        largest = row_maxima.detach().amax((0, 2)).float()
+        return out, MaxLogits(largest, none, largest) if with_max else None
     if name == "math":
         mask = None if starts_BT is None else kernels.document_bias(q_BHTd, starts_BT)
         out = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, mask, is_causal=mask is None, scale=scale)
         with torch.no_grad():
             largest = max_logits_by_blocks(q_BHTd, k_BHTd, starts_BT, scale=scale) if with_max else none
-        return out, MaxLogits(largest, none) if with_max else None
+        return out, MaxLogits(largest, none, largest) if with_max else None
     out, lse = LSE_KERNELS[name](q_BHTd, k_BHTd, v_BHTV, starts_BT, scale=scale)
     if not with_max:
         return out, None

@@ -28,6 +28,8 @@ from k2train.model import Transformer, update_bias
 from k2train.monitor import Decision, Finding, Monitor
 from k2train.train.metrics import Meter
 from k2train.train.phases import Step
+from k2train.train.stopwatch import Stopwatch
+from k2train.train.telemetry import Telemetry
 from k2train.train.veto import deciding
 from k2train.train.watchdog import beat
 from k2train.train.zero import forget_gradients
@@ -46,6 +48,8 @@ class Stepper:
         batches: Callable[[Step], Sequence[Batch]],
         meter: Meter,
         monitor: Monitor,
+        telemetry: Telemetry,
+        clock: Stopwatch,
         world: World,
     ) -> None:
         """Joins what a step needs.
@@ -59,10 +63,13 @@ class Stepper:
                 matters.
             meter: is told what happened.
             monitor: may refuse an update.
+            telemetry: is shown what is forgotten at the end of a step.
+            clock: times the parts of a step.
             world: the run's processes.
         """
         self.engine, self.model, self.optimizer, self.clip = engine, model, optimizer, clip
         self._batches, self._meter, self._monitor, self._world = batches, meter, monitor, world
+        self._telemetry, self._clock = telemetry, clock
         self._decision: Decision | None = None  # of the monitor, on the step under way
         self._rate = model.config.router_bias_rate
         self._attention = [layer for _, layer in model.attention_layers()]
@@ -78,15 +85,20 @@ class Stepper:
         """
         begin = time.perf_counter()
         self._prepare(step)
-        nats, targets, balance, healthy = self._gradients(self._batches(step), step.number)
+        with self._clock.part("data"):
+            batches = self._batches(step)
+        with self._clock.part("forward_backward"):
+            nats, targets, balance, healthy = self._gradients(batches, step.number)
         before_update()
         beat(f"step {step.number + 1}: update")
         self.clip.gather()
         self._decision = None
-        with deciding(self.engine.optimizer, partial(self._refuses, step, nats, targets)):
+        refuses = partial(self._refuses, step, nats, targets)
+        with deciding(self.engine.optimizer, refuses), self._clock.part("update"):
             self.engine.step()
         applied = bool(self.engine.was_step_applied())  # the host knows: DeepSpeed has waited for its own check
-        imbalance = self._balance(applied=applied)
+        loads_LE = self._balance(applied=applied)
+        self._telemetry.observe(loads_LE, applied=applied, grad_norm=self.engine.get_global_grad_norm())
         fallbacks = torch.stack([layer.max_logit_fallbacks for layer in self._attention]).sum()
         self.clip.reset()
         if applied:
@@ -104,7 +116,7 @@ class Stepper:
                     "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm()),
                     "max_logit": self.clip.max_logits.max(),
                     "clipped_heads": clipped,
-                    "balance_max": imbalance,
+                    "balance_max": self._imbalance(loads_LE),
                 },
             )
         else:
@@ -157,13 +169,13 @@ class Stepper:
                 self.engine.step()  # DeepSpeed counts micro-batches by it; the update comes with the last one
         return nats, targets, balance, healthy
 
-    def _balance(self, *, applied: bool) -> Tensor:
-        """Moves each router's selection bias by the global loads; returns the largest load over the mean one.
+    def _balance(self, *, applied: bool) -> Tensor | None:
+        """Moves each router's selection bias by the global loads, and returns them; None without experts.
 
         DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). A step that was not applied moves nothing.
         """
         if not self._gates:
-            return torch.ones((), device=self._world.device)
+            return None
         loads_LE = torch.stack([gate.loads for gate in self._gates])
         dist.all_reduce(loads_LE)
         for gate, loads_E in zip(self._gates, loads_LE, strict=True):
@@ -171,6 +183,12 @@ class Stepper:
                 bias = gate.e_score_correction_bias
                 bias.copy_(update_bias(bias, loads_E, rate=self._rate))
             gate.loads.zero_()
+        return loads_LE
+
+    def _imbalance(self, loads_LE: Tensor | None) -> Tensor:
+        """The largest load over the mean one, of the layer where that is most."""
+        if loads_LE is None:
+            return torch.ones((), device=self._world.device)
         wide_LE = loads_LE.double()
         return (wide_LE.amax(1) / wide_LE.mean(1)).max()
 

@@ -1,216 +1,283 @@
-"""Weights & Biases, all of it: where metrics may go beside the local metrics.jsonl.
+"""Trackers: where metrics may go beside the local metrics.jsonl, which has all that any of them gets.
 
-Nothing here can end a run. Whatever fails is said once, and the run goes on with its own files.
+Nothing here can end a run, or hold it up. Each tracker lives in a thread of its own, which the run never waits for but
+at the start and at the end, and then not for long. One that fails, or no longer keeps up, is said once and left out.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import netrc
-import os
-import re
-import uuid
-from collections.abc import Callable, Mapping
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Protocol
 
 from k2train.config import TrackConfig
+from k2train.paths import RunPaths
 from k2train.train.hooks import Hook
+from k2train.train.revision import revision
+from k2train.train.track_tensorboard import TensorBoard
+from k2train.train.track_wandb import Wandb, choose_mode
 
 if TYPE_CHECKING:
     from k2train.train.trainer import Trainer
 
-# Seconds given to the server at the start, and to the last uploads at the end; what is not sent then stays on disk.
-INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 60.0
+Say = Callable[[str], None]
+
+# Seconds that the run waits for a tracker, at the start and at the end.
+OPENING, CLOSING = 70.0, 90.0
+# Messages that a tracker may lag behind.
+PENDING = 10_000
+# Seconds between two heat maps of a kind, as each is a picture.
+BETWEEN_MAPS = 60.0
+# What is also drawn over tokens, by keys of records.
+BY_TOKENS = ("loss", "bits_per_byte", "validation_loss", "validation_bits_per_byte")
 log = logging.getLogger(__name__)
 
 
-class Tracker(Hook):
-    """Sends a run's metrics to wandb. Made by rank 0 alone; ``off`` never imports wandb."""
+@dataclass(frozen=True)
+class Start:
+    """What a tracker is told of the run.
 
-    def __init__(
-        self,
-        config: TrackConfig,
-        run_config: Mapping[str, Any],
-        *,
-        folder: Path,
-        name: str,
-        say: Callable[[str], None],
-    ) -> None:
-        """Prepares; wandb is not touched yet.
+    Attributes:
+        config: as plain values.
+        folder: of the run.
+        name: of the run.
+        resumed: whether it goes on from a checkpoint.
+        incidents: records of those before.
+    """
+
+    config: Mapping[str, Any]
+    folder: Path
+    name: str
+    resumed: bool
+    incidents: Sequence[Mapping[str, Any]]
+
+
+class Backend(Protocol):
+    """A kind of tracker. All its methods are called by one thread; what they raise ends the tracking alone."""
+
+    name: str
+
+    def open(self, start: Start, say: Say) -> None:
+        """Begins, and says in a line where metrics go."""
+
+    def numbers(self, values: Mapping[str, float], *, step: int, tokens: int) -> None:
+        """Values by name; those that begin with ``by_tokens/`` are drawn over tokens, all others over steps."""
+
+    def heat_map(self, name: str, rows: Sequence[Sequence[float]], *, step: int, tokens: int) -> None:
+        """A number for each layer (in order) and head or expert; NaN where there is none."""
+
+    def incident(self, record: Mapping[str, Any]) -> None:
+        """A record of an incident or a warning; see docs/monitor.md."""
+
+    def close(self, *, failed: bool) -> None:
+        """Sends what is left."""
+
+
+class Tracker(Hook):
+    """Sends a run's metrics to trackers. Made by rank 0 alone."""
+
+    def __init__(self, backends: Sequence[Backend], *, start: Start, say: Say) -> None:
+        """Prepares; no tracker is touched yet.
 
         Args:
-            config: ``wandb`` is auto, off, offline or online. auto is online for who is logged in to wandb, unless
-                the environment variable WANDB_MODE says otherwise, and offline for everyone else.
-            run_config: the run's config as plain values; shown beside the curves.
-            folder: of the run; wandb's files go to ``wandb`` in it.
-            name: of the run.
+            backends: the trackers.
+            start: of the run; whether it goes on, and incidents before it, are found out later.
             say: tells the person.
         """
-        self._config, self._run_config, self._folder, self._name, self._say = config, run_config, folder, name, say
-        self._run: Any = None
+        self._start, self._say = start, say
+        self._workers = [_Worker(backend) for backend in backends]
+        self._mapped_at: dict[str, float] = {}
 
     def start(self, trainer: Trainer) -> None:
         """See ``open``."""
-        self.open(resumed=trainer.progress.step > 0)
+        self.open(resumed_at=trainer.progress.step)
 
-    def open(self, *, resumed: bool) -> None:
-        """Begins, and says in one line where metrics go; a run that goes on from a checkpoint keeps its id."""
-        config, folder, say = self._config, self._folder, self._say
-        mode = choose_mode(config.wandb)
-        if mode == "off":
-            return
-        if mode == "online" and not is_logged_in():  # wandb would ask for a key, at a terminal that nobody sees
-            mode = "offline"
-            say("wandb: track.wandb=online needs a login; type `wandb login`, or set WANDB_API_KEY, before the run")
-        try:
-            identity = run_id(folder, resumed=resumed)
-            if mode == "online":
-                self._run = self._go_online(identity)
-            if self._run is None:
-                self._run = self._start("offline", identity)
-                why = "" if is_logged_in() else " as there is no login"
-                say(f"wandb: offline{why}, in {folder / 'wandb'}; nothing is uploaded")
-        except Exception as error:  # wandb's errors are of many kinds, and none is worth a run
-            self._fail(error)
+    def open(self, *, resumed_at: int) -> None:
+        """Begins, and waits a little for it.
 
-    def _start(self, mode: Literal["offline", "online"], identity: str) -> Any:
-        config, folder, name = self._config, self._folder, self._name
-        return _start(mode, identity, config.project, self._run_config, folder=folder, name=name)
-
-    def _go_online(self, identity: str) -> Any:
-        """The run at the server, or None if that cannot be reached."""
-        try:
-            run = self._start("online", identity)
-        except Exception as error:  # as above
-            import wandb
-
-            log.warning("wandb failed to go online", exc_info=error)
-            self._say(f"wandb: no connection to the server ({_first_line(error)})")
-            wandb.teardown()  # it holds the id otherwise
-            return None
-        self._say(f"wandb: online, at {run.url}")
-        return run
+        Args:
+            resumed_at: step of the checkpoint that the run goes on from; 0: it is new.
+        """
+        before = _incidents(RunPaths(self._start.folder).metrics, until=resumed_at)
+        start = Start(**{**vars(self._start), "resumed": resumed_at > 0, "incidents": before})
+        for worker in self._workers:
+            worker.begin(start)
+        for worker in self._workers:
+            worker.wait_for_start(OPENING)
+        self._tell()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Logs the metrics of the last steps."""
-        self._log(record, group="train")
+        """Sends the metrics of the last steps."""
+        self._numbers(_numbers(record, group="train"), record)
+        for key, rows in _maps(record):
+            now = time.monotonic()
+            if now - self._mapped_at.get(key, -math.inf) >= BETWEEN_MAPS:
+                self._mapped_at[key] = now
+                self._send("heat_map", key, rows, step=record["step"], tokens=record["tokens"])
+        self._tell()
 
     def validation(self, record: Mapping[str, Any]) -> None:
-        """Logs the loss on held-out text."""
-        sets = {f"{name}/{key}": value for name, found in record["sets"].items() for key, value in found.items()}
-        self._log({**record, **sets}, group="validation")
+        """Sends the loss on held-out text."""
+        self._numbers(_numbers(record, group="validation"), record)
+        self._tell()
+
+    def incident(self, record: Mapping[str, Any]) -> None:
+        """Sends it."""
+        self._send("incident", record)
+
+    def warning(self, record: Mapping[str, Any]) -> None:
+        """Sends it."""
+        self._send("incident", record)
 
     def finish(self, *, failed: bool = False) -> None:
-        """Sends what is left, within a minute. A second call does nothing."""
-        if self._run is None:
+        """Sends what is left, within a minute or so. A second call does nothing."""
+        workers, self._workers = self._workers, []
+        end = time.monotonic() + CLOSING
+        for worker in workers:
+            worker.send("close", failed=failed)
+        for worker in workers:
+            worker.end(max(0.0, end - time.monotonic()))
+            for sentence in worker.told():
+                self._say(sentence)
+
+    def _numbers(self, values: dict[str, float], record: Mapping[str, Any]) -> None:
+        by_tokens = {f"by_tokens/{key}": record[key] for key in BY_TOKENS if _is_number(record.get(key))}
+        self._send("numbers", values | by_tokens, step=record["step"], tokens=record["tokens"])
+
+    def _send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        for worker in self._workers:
+            worker.send(method, *args, **kwargs)
+
+    def _tell(self) -> None:
+        for sentence in (sentence for worker in self._workers for sentence in worker.told()):
+            self._say(sentence)
+
+
+class _Worker:
+    """A tracker in its thread, which does not keep the process alive."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._name = backend, backend.name
+        self._calls: queue.Queue[tuple[str, tuple[Any, ...], dict[str, Any]]] = queue.Queue(PENDING)
+        self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._opened, self._gone = threading.Event(), False
+        self._thread = threading.Thread(target=self._work, name=f"track {self._name}", daemon=True)
+
+    def begin(self, start: Start) -> None:
+        self.send("open", start, self._said.put)
+        self._thread.start()
+
+    def wait_for_start(self, seconds: float) -> None:
+        if not self._opened.wait(seconds):
+            self._said.put(f"{self._name} has not answered in {seconds:.0f} s: the run begins without waiting for it")
+
+    def send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self._gone:
             return
-        run, self._run = self._run, None
         try:
-            run.finish(exit_code=1 if failed else 0)
-        except Exception as error:  # as above
-            self._fail(error)
+            self._calls.put_nowait((method, args, kwargs))
+        except queue.Full:
+            self._leave_out("it no longer keeps up")
 
-    def _log(self, record: Mapping[str, Any], *, group: str) -> None:
-        if self._run is None:
-            return
-        axes = {"step": record["step"], "tokens": record["tokens"]}
-        numbers = {
-            f"{group}/{key.removeprefix(f'{group}_')}": value
-            for key, value in record.items()
-            if key not in axes and isinstance(value, int | float) and math.isfinite(value)
-        }
-        try:
-            self._run.log(axes | numbers)
-        except Exception as error:  # as above
-            self._fail(error)
+    def end(self, seconds: float) -> None:
+        self._thread.join(seconds)
+        if self._thread.is_alive() and not self._gone:
+            self._leave_out(f"it has not ended in {seconds:.0f} s")
 
-    def _fail(self, error: Exception) -> None:
-        self._run = None
-        log.warning("wandb failed", exc_info=error)
-        self._say(f"wandb failed and is left out from here on; metrics.jsonl goes on ({_first_line(error)})")
+    def told(self) -> Iterator[str]:
+        """What there is to say since the last time; the thread itself must not write to the terminal."""
+        with suppress(queue.Empty):
+            while True:
+                yield self._said.get_nowait()
 
+    def _work(self) -> None:
+        method = ""
+        while method != "close" and not self._gone:
+            method, args, kwargs = self._calls.get()
+            try:
+                getattr(self._backend, method)(*args, **kwargs)
+            except Exception as error:  # a tracker's errors are of many kinds, and none is worth a run
+                log.warning("%s failed", self._name, exc_info=error)
+                self._leave_out(first_line(error))
+            self._opened.set()
 
-Mode = Literal["off", "offline", "online"]
-
-
-# What the config and the environment variable WANDB_MODE may say.
-MODES: dict[str, Mode] = {"off": "off", "disabled": "off", "offline": "offline", "online": "online"}
-
-
-def choose_mode(wanted: str) -> Mode:
-    """What the config means here; looks at the environment, never at the network."""
-    mode = MODES.get(os.environ.get("WANDB_MODE", "") if wanted == "auto" else wanted)
-    if mode:
-        return mode
-    return "online" if is_logged_in() else "offline"
+    def _leave_out(self, why: str) -> None:
+        self._gone = True
+        self._said.put(f"{self._name} failed and is left out from here on; metrics.jsonl goes on ({why})")
 
 
-def is_logged_in() -> bool:
-    """Whether the environment, or the netrc file that ``wandb login`` writes, has a key for wandb's server."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        found = netrc.netrc(path).hosts.get(host)
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):  # absent, unreadable or of another format
-        return False
-    return bool(found and found[2])
+def build_tracker(config: TrackConfig, run_config: Mapping[str, Any], *, folder: Path, name: str, say: Say) -> Tracker:
+    """The trackers that the config asks for.
 
-
-def run_id(folder: Path, *, resumed: bool) -> str:
-    """The run's id in wandb, kept in ``wandb-id`` in its folder: a new one for a new run.
-
-    It begins with the folder's name and ends at random, as two people may well use the same name in one project, and
-    wandb never gives an id free.
+    Args:
+        config: ``wandb`` is auto, off, offline or online. auto is online for who is logged in to wandb, unless the
+            environment variable WANDB_MODE says otherwise, and offline for everyone else.
+        run_config: the run's config as plain values; shown beside the curves, with the version of the code.
+        folder: of the run.
+        name: of the run.
+        say: tells the person.
     """
-    path = folder / "wandb-id"
-    if resumed and path.exists():
-        return path.read_text(encoding="utf-8").strip()
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name)[:40]
-    new = f"{readable}-{uuid.uuid4().hex[:8]}"
-    path.write_text(new + "\n", encoding="utf-8")
-    return new
+    backends: list[Backend] = []
+    if (mode := choose_mode(config.wandb)) != "off":
+        backends.append(Wandb(mode, project=config.project, group=config.group))
+    if config.tensorboard:
+        backends.append(TensorBoard())
+    start = Start({**run_config, "code": revision()}, folder, name, resumed=False, incidents=())
+    return Tracker(backends, start=start, say=say)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in a line."""
     first, _, _ = str(error).strip().partition("\n")
     return f"{type(error).__name__}: {first}"
 
 
-def _start(
-    mode: Literal["offline", "online"],
-    identity: str,
-    project: str,
-    run_config: Mapping[str, Any],
-    *,
-    folder: Path,
-    name: str,
-) -> Any:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's reports on itself are an upload, too
-    import wandb  # here, as it takes a second to import and `off` does without
+# ---- what of a record goes where
 
-    run = wandb.init(
-        mode=mode,
-        project=project,
-        name=name,
-        id=identity,
-        resume="allow",
-        dir=folder,
-        config=dict(run_config),
-        save_code=False,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            init_timeout=INIT_TIMEOUT,
-            finish_timeout=FINISH_TIMEOUT,
-        ),
-    )
-    # A resumed run repeats the steps after its checkpoint, which wandb's own counter refuses: ours is the axis.
-    run.define_metric("*", step_metric="step")
-    return run
+
+def _numbers(record: Mapping[str, Any], *, group: str) -> dict[str, float]:
+    """The finite numbers of a record by name: a mapping's under its key, the others under the group."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found |= {f"{group if key == 'sets' else key}/{path}": number for path, number in _leaves(value)}
+        elif key not in ("step", "tokens") and _is_number(value):
+            found[f"{group}/{key.removeprefix(f'{group}_')}"] = value
+    return found
+
+
+def _leaves(value: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from ((f"{key}/{path}", number) for path, number in _leaves(item))
+        elif _is_number(item):
+            yield key, item
+
+
+def _maps(record: Mapping[str, Any]) -> Iterator[tuple[str, list[list[float]]]]:
+    """What has a list of numbers for each layer."""
+    for key, value in record.items():
+        if isinstance(value, Mapping) and value and all(isinstance(row, list) for row in value.values()):
+            yield key, [[math.nan if item is None else float(item) for item in row] for row in value.values()]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _incidents(path: Path, *, until: int) -> list[Mapping[str, Any]]:
+    """The records of incidents in metrics.jsonl up to a step."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        if '"incident"' in line:
+            with suppress(json.JSONDecodeError):  # torn by a kill
+                found.append(json.loads(line))
+    return [record for record in found if record["step"] <= until]

@@ -43,6 +43,8 @@ from k2train.train.phases import build_plan
 from k2train.train.saving import Saver, describe_machine
 from k2train.train.state import Experts, Progress, RunState
 from k2train.train.step import Stepper
+from k2train.train.stopwatch import Stopwatch
+from k2train.train.telemetry import Telemetry, peak_memory
 from k2train.train.validate import Validation, evenly, held_out_loss, held_out_sets, joined
 from k2train.units import count
 
@@ -151,6 +153,8 @@ class Trainer:
             },
         )
         self.progress = self.state.progress
+        self._clock = Stopwatch(device=world.device, enabled=config.track.telemetry_every > 0)
+        self.telemetry = Telemetry(config.track, self.state, self._clock, precision=self.precision)
         self._feed = Feed(self.stream, self.plan, world=world)
         self._stepper = Stepper(
             self.engine,
@@ -160,6 +164,8 @@ class Trainer:
             batches=self._feed.take,
             meter=self.meter,
             monitor=self.monitor,
+            telemetry=self.telemetry,
+            clock=self._clock,
             world=world,
         )
         self._inject = Injector(
@@ -193,7 +199,8 @@ class Trainer:
 
     def step(self, *, before_update: Callable[[], None] = lambda: None) -> bool:
         """Takes the next step of the plan; returns whether it was applied."""
-        with self._inject.during(self.plan.step(self.progress.step)) as step:
+        due = self.plan.step(self.progress.step)
+        with self._inject.during(due) as step, self.telemetry.during(step):
             decision = self._stepper.take(step, before_update=before_update)
         applied, self.incident = decision.apply, incident(step, decision) if decision.findings else None
         if self.compiled:
@@ -204,7 +211,7 @@ class Trainer:
         return applied
 
     def record(self) -> dict[str, Any]:
-        """The metrics of the steps since the last record; called by all ranks together."""
+        """The metrics of the steps since the last record, and telemetry if it is due; called by all ranks together."""
         found, step = self.meter.take(), self.plan.step(self.progress.step - 1)
         loss = found["nats"] / found["targets"] if found["targets"] else math.nan
         applied = found["steps"] - found["skipped_steps"]
@@ -226,6 +233,7 @@ class Trainer:
             "max_logit_fallbacks": int(found["max_logit_fallbacks"]),  # heads whose kernel did not tell it; their sum
             "tokens_per_second": found["tokens"] / found["seconds"],
             "elapsed": self.progress.elapsed,
+            **self.telemetry.take(),
         }
 
     def warnings(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -241,6 +249,25 @@ class Trainer:
             whole: read all of it; else ``validate.tokens`` of each set, evenly spread. After the last step those tell
                 no more than how good the checkpoint is beside others: the whole, which follows, is what hooks are told.
         """
+        with self._clock.part("validation"):
+            result = self._validate(whole=whole)
+        if not whole:
+            self.best.note(self.progress.step, result.total.bits_per_byte)
+            if self.progress.step == self.plan.steps:
+                return result
+        record = {
+            "step": self.progress.step,
+            "tokens": self.plan.tokens_before(self.progress.step),
+            "validation_loss": result.total.per_token,
+            "validation_bits_per_byte": result.total.bits_per_byte,
+            "sets": result.per_set(),
+            "whole": whole,
+        }
+        for hook in self.hooks:
+            hook.validation(record)
+        return result
+
+    def _validate(self, *, whole: bool) -> Validation:
         config, found = self.config, {}
         for name, held_out in self._held_out.items():
             number = -(-config.validate.tokens // config.train.sequence_length)
@@ -253,28 +280,14 @@ class Trainer:
                 world=self.world,
             )
         total = joined([(found[name], held_out.tokens) for name, held_out in self._held_out.items() if held_out.own])
-        result = Validation(total, found if len(found) > 1 else {})
-        if not whole:
-            self.best.note(self.progress.step, total.bits_per_byte)
-            if self.progress.step == self.plan.steps:
-                return result
-        record = {
-            "step": self.progress.step,
-            "tokens": self.plan.tokens_before(self.progress.step),
-            "validation_loss": total.per_token,
-            "validation_bits_per_byte": total.bits_per_byte,
-            "sets": result.per_set(),
-            "whole": whole,
-        }
-        for hook in self.hooks:
-            hook.validation(record)
-        return result
+        return Validation(total, found if len(found) > 1 else {})
 
     def save(self) -> None:
         """Writes a checkpoint of the present step; called by all ranks together."""
-        self.saver.wait()  # it may decide what is the best so far
-        self.meter.fold()
-        self.saver.save(best=self.best.claims(self.progress.step))
+        with self._clock.part("saving"):
+            self.saver.wait()  # it may decide what is the best so far
+            self.meter.fold()
+            self.saver.save(best=self.best.claims(self.progress.step))
 
     def _published(self, step: int) -> None:
         self.best.saved(step)
@@ -301,9 +314,9 @@ class Trainer:
                 active += round(math.prod(shape) * share)
         return total, active
 
-    def peak_device_memory(self) -> int:
-        """Bytes of GPU memory used at most; 0 on a CPU."""
-        return torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else 0
+    def peak_memory(self) -> int:
+        """Bytes that this process has used at most: of GPU memory, or on a CPU of the host's."""
+        return peak_memory(self.world.device)
 
     def _introduce(self) -> None:
         total, active = self.parameters()

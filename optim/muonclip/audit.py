@@ -23,7 +23,6 @@ from muonclip.optimizer import MuonClip
 from muonclip.orthogonalize import Coefficients
 from muonclip.plan import Matrix, Piece, Traffic
 from muonclip.qk_clip import scale_rows_
-from muonclip.sharded import Exchange
 
 UPDATE_RMS = 0.2  # Moonlight (arXiv 2502.16982), section 2.2: what the scale makes of an orthogonal matrix
 # Of a singular value of the orthogonalised matrix, in float32. In bfloat16 rounding turns zeros into singular values
@@ -202,7 +201,7 @@ class StepAudit:
         sent = [group["exchange_dtype"]] if exchange.plan.rounds else []
         kept = self._optimizer.state[tensor]["momentum"].dtype
         exact = torch.bfloat16 not in (group["newton_schulz_dtype"], kept, *sent)
-        together = [_brought_together(exchange, values) for values in (update, momentum, weight)]
+        together = [exchange.whole(values.flatten()) for values in (update, momentum, weight)]
         for (name, number), found, direction, old in zip(exchange.owned, *together, strict=True):
             scale = UPDATE_RMS * math.sqrt(max(found.shape))
             singular = _singular_values(found / scale)
@@ -243,20 +242,6 @@ def _shapes(optimizer: MuonClip, group: Mapping[str, Any]) -> dict[str, tuple[in
     """Of a group's parameters, in the order of their flat tensors."""
     layouts = [optimizer.layout_of(tensor) for tensor, its_group in optimizer.tensors() if its_group is group]
     return {piece.name: piece.shape for layout in layouts for pieces in layout.pieces_by_rank for piece in pieces}
-
-
-def _brought_together(exchange: Exchange, values: Tensor) -> list[Tensor]:
-    """The whole matrices [m, n] that this rank owns of what is cut as the weights are."""
-    found: list[Tensor] = []
-
-    def keep(matrices: list[Tensor], _: object) -> list[Tensor]:
-        found.extend(matrices)
-        return matrices
-
-    passage = exchange.begin(values.flatten(), dtype=values.dtype)
-    passage.work(keep)
-    passage.finish()
-    return found
 
 
 def orthogonalized_singular_values(matrix: Tensor, coefficients: Coefficients) -> Tensor:

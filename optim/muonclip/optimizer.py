@@ -16,7 +16,7 @@ from muonclip.ownership import newton_schulz_cost
 from muonclip.plan import Piece
 from muonclip.qk_clip import QKClip, scale_rows_
 from muonclip.sharded import Exchange, FlatLayout, Passage, Work, plan_exchanges
-from muonclip.update import adamw_, apply_updates_, momentum_directions, muon_scale
+from muonclip.update import adamw_, adamw_update, apply_updates_, momentum_directions, muon_scale
 
 ALGORITHMS = ("muon", "adamw")
 
@@ -86,6 +86,9 @@ class MuonClip(torch.optim.Optimizer):
         self._group_of: dict[Tensor, int] = {}  # of each flat tensor
         # How often each matrix (parameter, number in it) was orthogonalised on this rank, while it is a Counter.
         self.orthogonalized: Counter[tuple[str, int]] | None = None
+        # Told of each shard that is stepped, of its gradient and of its update (before the learning rate, without decay
+        # and clip), while it is there.
+        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -284,11 +287,17 @@ class MuonClip(torch.optim.Optimizer):
                 passages.append((flat, update, group, self._exchanges[flat].begin(update)))
             else:
                 _adamw([flat], [grad], [state], group)
+                if self.watch is not None:
+                    self.watch(flat, grad, adamw_update(state, betas=group["betas"], eps=group["eps"]))
         for _, _, group, passage in passages:
             passage.work(partial(self._muon_updates, group=group))
         for flat, update, group, passage in passages:
             passage.finish()
-            apply_updates_([flat], [update.to(flat.device)], lr=group["lr"], weight_decay=group["weight_decay"])
+            update = update.to(flat.device)
+            apply_updates_([flat], [update], lr=group["lr"], weight_decay=group["weight_decay"])
+            if self.watch is not None:
+                assert flat.grad is not None
+                self.watch(flat, flat.grad, update)
         for flat, _ in shards:
             layout = self._layouts[flat]
             for piece in layout.pieces_by_rank[layout.rank]:

@@ -99,6 +99,23 @@ class Exchange:
         dtype = dtype or self.dtype
         return Passage(values, self._local, self._rounds, rank=self._rank, group=self._group, dtype=dtype)
 
+    def whole(self, values: Tensor) -> list[Tensor]:
+        """The matrices [m, n] that this rank owns, as ``owned`` names them; called by all ranks of the group.
+
+        Args:
+            values: this rank's part of what is cut as the weights are, 1-D. The matrices may be views of it.
+        """
+        found: list[Tensor] = []
+
+        def keep(matrices: list[Tensor], _: object) -> list[Tensor]:
+            found.extend(matrices)
+            return matrices
+
+        passage = self.begin(values, dtype=values.dtype)
+        passage.work(keep)
+        passage.finish()
+        return found
+
 
 class _Round:
     """What one rank sends and gets in a round. Results take the same way back."""

@@ -13,7 +13,7 @@ usually is (0.2 to 0.4), and one learning rate and decay serve both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,6 +65,19 @@ def apply_updates_(params: Sequence[Tensor], updates: Sequence[Tensor], *, lr: f
         torch._foreach_mul_(list(params), 1 - lr * weight_decay)
     for parameter, update in zip(params, updates, strict=True):
         parameter.add_(update, alpha=-lr)
+
+
+def adamw_update(state: Mapping[str, Tensor], *, betas: tuple[float, float], eps: float) -> Tensor:
+    """The update that the last ``adamw_`` made of a tensor, before the learning rate and without decay.
+
+    Args:
+        state: of the tensor, after it.
+        betas: as there.
+        eps: as there.
+    """
+    steps = state["step"]
+    scale = (state["exp_avg_sq"] / (1 - betas[1] ** steps)).sqrt_().add_(eps)
+    return torch.div(state["exp_avg"], scale, out=scale).div_(1 - betas[0] ** steps)
 
 
 def adamw_(

@@ -41,6 +41,7 @@ from k2train.train import engine, zero
 from k2train.train.audit import not_once
 from k2train.train.quiet import import_deepspeed
 from k2train.train.trainer import Trainer
+from tests.distributed.observed import apart
 from tests.distributed.plain import (
     HALF,
     STEPS,
@@ -76,6 +77,7 @@ class Result:
     worst_drift: float  # over one parameter, the largest
     worst: str
     loss: float  # largest difference of a step's loss
+    telemetry: float  # largest relative difference of a number, any step
     held_out: float  # difference of the loss on held-out text, read between two steps
     flips: int  # tokens that went to other experts, over all layers and steps
     clipped_heads: int  # over all steps
@@ -158,6 +160,7 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
         worst_drift,
         worst,
         max(abs(r["loss"] - loss) for r, loss in zip(records, expected.losses[first:], strict=False)),
+        max(apart(r, numbers) for r, numbers in zip(records, expected.telemetry[first:], strict=False)),
         abs(held_out - expected.held_out),
         flips,
         sum(r["clipped_heads"] for r in records),
@@ -300,9 +303,10 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     """Lines of Markdown."""
     yield (
         "| processes | experts over | ZeRO | precision | accumulation | overlap | offload | recomputed | drift "
-        "| worst parameter | loss | held out | flips | orthogonalised | heads clipped | bad step ignored | held |"
+        "| worst parameter | loss | telemetry | held out | flips | orthogonalised "
+        "| heads clipped | bad step ignored | held |"
     )
-    yield "| --- " * 17 + "|"
+    yield "| --- " * 18 + "|"
     for r in results:
         layout = r.layout
         low, high = r.orthogonalised
@@ -310,7 +314,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
             f"| {layout.processes} | {layout.expert_parallel} | {layout.zero_stage} | {layout.precision} "
             f"| {layout.accumulation} | {'yes' if layout.overlap else ''} | {'yes' if layout.offload else ''} "
             f"| {layout.recompute if layout.recompute != 'none' else ''} "
-            f"| {r.drift:.1e} | {r.worst_drift:.1e} | {r.loss:.1e} | {r.held_out:.1e} | {r.flips} "
+            f"| {r.drift:.1e} | {r.worst_drift:.1e} | {r.loss:.1e} | {r.telemetry:.1e} | {r.held_out:.1e} | {r.flips} "
             f"| {low if low == high else f'{low} to {high}'} | {r.clipped_heads} "
             f"| {'yes' if r.bad_step_ignored else 'no'} | {f'{r.held[0] / r.held[1]:.2f}' if r.held[0] else ''} |"
         )

@@ -27,6 +27,7 @@ from k2train.model import Transformer, build_model, update_bias
 from k2train.model.float32 import counts
 from k2train.train.engine import build_clip, build_optimizer
 from k2train.train.validate import held_out_loss
+from tests.distributed.observed import Observer, flat
 
 STEPS, HALF = 10, 5
 # Gradient clipping and QK-Clip both act, and the learning rate is high: what differs would show.
@@ -47,6 +48,8 @@ SETTINGS = [
     "schedule=constant",
     f"schedule.steps={STEPS + 1}",
     "schedule.warmup_steps=0",
+    "track.telemetry_every=1",
+    "track.spectrum_every=1",
     "train.global_batch_size=8",
     "train.sequence_length=24",
     "train.document_mask=true",
@@ -81,6 +84,7 @@ class Truth:
     start: dict[str, Tensor]
     weights: dict[str, Tensor]
     losses: list[float]
+    telemetry: list[dict[str, float]]  # of each step, numbers by path
     held_out: float
     experts: Tensor  # [steps, layers, tokens of the batch, K], sorted
     sample: str
@@ -109,7 +113,7 @@ def plain_loop(folder: Path) -> Truth:
     clip = build_clip(config.optim, model)
     optimizer = build_optimizer(config.optim, model, clip, expert_group="", device=torch.device("cpu"))
     stream = TrainStream(dataset, [DataPhase(1, config.train.sequence_length)], seed=config.seed)
-    routes, losses, held_out = Routes(model), [], 0.0
+    routes, losses, telemetry, held_out = Routes(model), [], [], 0.0
     batch = config.train.global_batch_size
     for step in range(STEPS):
         if step == HALF:
@@ -117,8 +121,10 @@ def plain_loop(folder: Path) -> Truth:
         tokens_BT, labels_BT, starts_BT = stream.batch(range(step * batch, (step + 1) * batch))
         loss_BT, balance = model(tokens_BT, labels_BT, starts_BT)
         (loss_BT.mean() + balance).backward()
+        observer = Observer(model, optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm)
         optimizer.step()
+        telemetry.append(flat(observer.after({name: moe.gate.loads for name, moe in model.moe_layers()})))
         optimizer.zero_grad()
         for _, moe in model.moe_layers():
             bias, loads = moe.gate.e_score_correction_bias, moe.gate.loads
@@ -128,7 +134,7 @@ def plain_loop(folder: Path) -> Truth:
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     experts = torch.stack(routes.chosen).view(STEPS, len(model.moe_layers()), -1, config.model.num_experts_per_tok)
     sample = sample_text(model, dataset.tokenizer, config.generate, "cpu")
-    return Truth(start, weights, losses, held_out, experts, sample)
+    return Truth(start, weights, losses, telemetry, held_out, experts, sample)
 
 
 def loss_on_held_out(model: Transformer, dataset: Any, config: RunConfig) -> float:
@@ -148,7 +154,7 @@ def save_truth(found: Truth, folder: Path) -> None:
     tensors = {f"start/{name}": value for name, value in found.start.items()}
     tensors |= {f"weights/{name}": value for name, value in found.weights.items()}
     save_file(tensors | {"experts": found.experts}, folder / "truth.safetensors")
-    numbers = {"losses": found.losses, "held_out": found.held_out, "sample": found.sample}
+    numbers = {name: getattr(found, name) for name in ("losses", "telemetry", "held_out", "sample")}
     (folder / "truth.json").write_text(json.dumps(numbers))
 
 

@@ -43,7 +43,7 @@ from k2train.train.trainer import Trainer
 from tests.distributed.plain import Layout, config_of, prepared, write_text
 
 SAVED, MORE = 5, 10
-TIMES = ("tokens_per_second", "elapsed")  # what may differ in a step's record
+TIMES = ("tokens_per_second", "elapsed", "seconds", "utilisation", "memory")  # what may differ in a step's record
 
 
 @dataclass(frozen=True)

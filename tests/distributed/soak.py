@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Of a record: what a clock says.
-TIMES = ("tokens_per_second", "elapsed")
+TIMES = ("tokens_per_second", "elapsed", "seconds", "utilisation", "memory")
 TARGETS = ("a rank's SIGKILL", "everyone's SIGKILL", "a rank's SIGTERM", "torchrun's SIGTERM")
 MOMENTS = ("at the start", "in the first step", "some steps later", "while saving")
 PATIENCE = 600.0  # seconds for anything to happen

@@ -40,6 +40,7 @@ def check(result: Result, sample: str) -> None:
     assert result.flips == 0
     assert result.worst_drift <= 1e-4
     assert result.loss <= 1e-5
+    assert result.telemetry <= 1e-3
     assert result.held_out <= 1e-5
     assert result.sample == sample
 

@@ -1,10 +1,13 @@
 """The losses of a run do not depend on how it was cut over processes, nor on whether it was killed in between."""
 
 import os
+import re
 import signal
 import time
 
 import pytest
+
+from tests.end_to_end.conftest import ROOT
 
 # QK-Clip and gradient clipping both act with these, and the learning rate is high: what differs would show.
 LIVELY = (
@@ -38,6 +41,19 @@ def test_two_processes_with_expert_parallelism_give_the_losses_of_one(runner):
         expected, found = runner.losses("one"), runner.losses(name)
         assert found.keys() == expected.keys()
         assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-5
+    assert logged(runner.records(name)) == documented()
+
+
+def logged(records):
+    names = set()
+    for record in records:
+        names |= record.keys() - {"seconds"} | {f"seconds.{part}" for part in record.get("seconds", {})}
+    return names
+
+
+def documented():
+    rows = [line for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall("`([a-z_.]+)`", row.split("|")[1])}
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(runner):

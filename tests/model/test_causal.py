@@ -118,7 +118,7 @@ def test_bf16_maxima_are_those_of_fp32_logits(backend: str) -> None:
         q[:, 1] *= 8  # logits above 100, where bf16 is off by 0.5
     expected, maxima, gradients = plain(q, k, v, 0.5)
     assert maxima[1] > 50
-    out, (largest, _) = attention(q, k, v, scale=0.5, with_max=True, backend=backend)
+    out, (largest, *_) = attention(q, k, v, scale=0.5, with_max=True, backend=backend)
     torch.testing.assert_close(largest.double(), maxima, atol=0, rtol=1e-6)
     assert largest.dtype == torch.float32
     if backend != "math":  # whose softmax is off like its logits
@@ -133,7 +133,7 @@ def test_other_documents_and_later_keys_are_not_read(backend: str) -> None:
     """Whatever they hold, infinities included, changes neither output nor maximum of the second document."""
     q, k, v = (random(1, 2, 200, 4, seed=seed).detach() for seed in range(3))
     starts = torch.where(torch.arange(200) < 140, 0, 140)[None]
-    alone, (largest, _) = attention(*(t[:, :, 140:] for t in (q, k, v)), scale=1.0, with_max=True, backend=backend)
+    alone, (largest, *_) = attention(*(t[:, :, 140:] for t in (q, k, v)), scale=1.0, with_max=True, backend=backend)
     k[:, :, 3] = 1e4
     out, _ = attention(q, k, v, starts, scale=1.0, with_max=True, backend=backend)
     torch.testing.assert_close(out[:, :, 140:], alone, atol=1e-6, rtol=1e-5)
@@ -156,11 +156,13 @@ def test_flat_heads_fall_back_or_report_a_bound() -> None:
     q[:, 2] *= 1e5
     k[:, 2] *= 10
     _, maxima, _ = plain(q, k, v, 1.0)
-    _, (largest, fallbacks) = attention(q, k, v, scale=1.0, with_max=True, backend="flash_cpu")
+    _, (largest, fallbacks, found) = attention(q, k, v, scale=1.0, with_max=True, backend="flash_cpu")
+    assert torch.equal(found, largest)
     torch.testing.assert_close(largest.double(), maxima, atol=1e-7, rtol=1e-5)
     assert fallbacks.item() == 2
-    _, (largest, fallbacks) = attention(q, k, v, scale=1.0, with_max=True, backend="flash_cpu", exact_above=20.0)
+    _, (largest, fallbacks, found) = attention(q, k, v, scale=1.0, with_max=True, backend="flash_cpu", exact_above=20.0)
     assert fallbacks.item() == 0
+    assert (found < largest).tolist() == [True, True, False]
     assert (largest[:2] - math.log(200)).abs().max() < 0.1
     torch.testing.assert_close(largest[2].double(), maxima[2], atol=0, rtol=1e-5)
     for backend in ("block", "math"):
