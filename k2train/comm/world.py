@@ -61,7 +61,8 @@ def open_world(device: str, *, store: Store | None = None, timeout: timedelta = 
         ValueError: cuda is asked for and not there, or a node has fewer GPUs than processes.
     """
     rank, size = _place()
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, or deepspeed
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cpu":
         place, backend = torch.device("cpu"), "gloo"

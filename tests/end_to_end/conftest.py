@@ -20,14 +20,18 @@ class Runner:
         self.folder = folder
         self.runs = folder / "runs"
 
+    def settings(self, name: str, *overrides: str) -> list[str]:
+        """What follows ``k2train train``."""
+        own = [f"name={name}", f"runs_dir={self.runs}", "data=folder", f"data.path={ROOT / 'k2train'}"]
+        own += [f"data.cache_dir={self.folder / 'cache'}", "data.tokenizer.vocab_size=512", "track.wandb=off"]
+        own += ["train.threads=1"]  # other tests run at the same time
+        return ["experiment=tiny", *own, *overrides]
+
     def command(self, name: str, *overrides: str, processes: int = 1) -> list[str]:
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        own = [f"name={name}", f"runs_dir={self.runs}", "data=folder", f"data.path={ROOT / 'k2train'}"]
-        own += [f"data.cache_dir={self.folder / 'cache'}", "data.tokenizer.vocab_size=512", "track.wandb=off"]
-        own += ["train.threads=1"]  # other tests run at the same time
-        return [*launcher, "-m", "k2train", "train", "experiment=tiny", *own, *overrides]
+        return [*launcher, "-m", "k2train", "train", *self.settings(name, *overrides)]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'optim'}"}
