@@ -176,6 +176,8 @@ class ParallelConfig:
     zero_stage: int = rule(at_least=1, at_most=3)  # 1: optimizer state is shared out; 2: gradients; 3: weights too
     offload_optimizer: bool = rule()  # fp32 masters and momenta in the CPU's memory, not the GPU's
     expert_parallel: int = rule(at_least=1)  # processes that share out the experts; must divide world size and experts
+    # Processes that share out each sequence; must divide world size, heads and every sequence length.
+    sequence_parallel: int = rule(at_least=1, default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +320,7 @@ class RunConfig:
                 "train.compile=true but parallel.zero_stage=3 gathers weights between the operations that would be "
                 "compiled together: set train.compile=false, or parallel.zero_stage=2"
             )
+        yield from self._check_sequence_parallel()
         for name, phase in self.schedule.phases.items():
             yield from self._check_length(phase.sequence_length or 0, key=f"schedule.phases.{name}.sequence_length")
             for key in ("weights", "final_weights"):
@@ -332,6 +335,24 @@ class RunConfig:
         if length > self.model.max_position_embeddings:
             limit = self.model.max_position_embeddings
             yield f"{key}={length} is longer than model.max_position_embeddings={limit}"
+
+    def _check_sequence_parallel(self) -> Iterator[str]:
+        size = self.parallel.sequence_parallel
+        key = f"parallel.sequence_parallel={size}"
+        if self.model.num_attention_heads % size:
+            yield (
+                f"{key} must divide model.num_attention_heads={self.model.num_attention_heads}: each process attends "
+                "with its share of the heads"
+            )
+        lengths = {"train.sequence_length": self.train.sequence_length}
+        for name, phase in self.schedule.phases.items():
+            if phase.sequence_length is not None:
+                lengths[f"schedule.phases.{name}.sequence_length"] = phase.sequence_length
+        for name, length in lengths.items():
+            if length % size:
+                yield f"{name}={length} must be a multiple of {key}: each process has an equal part of a sequence"
+        if size > 1 and self.inject.allow:
+            yield f"{key} but inject.allow=true spoils whole sequences: set parallel.sequence_parallel=1"
 
     def _check_start(self) -> Iterator[str]:
         for key in ("runs_dir", "resume", "init_from"):
@@ -351,18 +372,23 @@ class RunConfig:
 
     def check_world(self, world_size: int) -> Iterator[str]:
         """Sentences on what this world size cannot run; apart from ``check`` as the config alone does not know it."""
-        for key, size, micro in self.batches():
-            if size % (micro * world_size):
+        for name in ("expert_parallel", "sequence_parallel"):
+            if world_size % (parallel := getattr(self.parallel, name)):
                 yield (
-                    f"{key} does not divide over {world_size} processes with train.micro_batch_size={micro}: it must "
-                    f"be a multiple of {micro * world_size}"
+                    f"parallel.{name}={parallel} does not divide the {world_size} "
+                    f"process{'es' if world_size > 1 else ''} of this run: "
+                    "start a multiple of it with torchrun --nproc_per_node, or lower it"
                 )
-        if world_size % self.parallel.expert_parallel:
-            yield (
-                f"parallel.expert_parallel={self.parallel.expert_parallel} does not divide the {world_size} "
-                f"process{'es' if world_size > 1 else ''} of this run: "
-                "start a multiple of it with torchrun --nproc_per_node, or lower it"
-            )
+        sharing = self.parallel.sequence_parallel
+        if world_size % sharing:
+            return
+        over = f"{world_size} processes" + (f", {sharing} to a sequence," if sharing > 1 else "")
+        for key, size, micro in self.batches():
+            if size % (whole := micro * world_size // sharing):
+                yield (
+                    f"{key} does not divide over {over} with train.micro_batch_size={micro}: it must be a multiple of "
+                    f"{whole}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

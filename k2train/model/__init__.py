@@ -14,6 +14,7 @@ from k2train.model.init import materialise
 from k2train.model.loss import document_losses
 from k2train.model.moe import MoE
 from k2train.model.router import Router, update_bias
+from k2train.model.sequence import SequenceParallel
 from k2train.model.transformer import Transformer, build_model
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LatentAttention",
     "MoE",
     "Router",
+    "SequenceParallel",
     "Transformer",
     "attention",
     "build_model",

@@ -18,6 +18,7 @@ from k2train.model.causal import attention, choose_backend
 from k2train.model.float32 import Float32Buffers, counts
 from k2train.model.norm import RMSNorm
 from k2train.model.rope import heads, rotate, softmax_scale
+from k2train.model.sequence import SequenceParallel
 
 # DeepSeek-V3 and Kimi K2 norm their latents with this, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -59,7 +60,14 @@ class Attention(Float32Buffers):
             self.register_buffer(name, torch.empty(self.heads, dtype=torch.float32), persistent=False)
         self.register_buffer("max_logit_fallbacks", torch.empty((), dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        starts_BT: Tensor | None = None,
+        sequence_parallel: SequenceParallel | None = None,
+    ) -> Tensor:
         """Mixes tokens.
 
         Args:
@@ -67,12 +75,15 @@ class Attention(Float32Buffers):
             cos: [T, R/2] of ``rope_table``, or [B, 1, T, R/2] where positions differ between rows.
             sin: likewise.
             starts_BT: int64, the position of the first token of each token's document; None for one document a row.
+            sequence_parallel: the processes that share out the sequences; all but ``starts_BT`` is then of its part.
 
         Returns:
             [B, T, D].
         """
         B, T, _ = x_BTD.shape
         q, k, v = self.project(x_BTD, cos, sin)
+        if sequence_parallel is not None:
+            q, k, v = sequence_parallel.to_heads(q, k, v)
         out_BHTV, maxima = attention(
             q,
             k,
@@ -83,9 +94,14 @@ class Attention(Float32Buffers):
             exact_above=self.exact_above,
             keep=not self.recompute,
         )
+        if sequence_parallel is not None:
+            out_BHTV = sequence_parallel.to_sequence(out_BHTV)
         if maxima is not None:
-            self.max_logits = torch.maximum(self.max_logits, maxima.largest)
-            self.found_logits = torch.maximum(self.found_logits, maxima.found)
+            largest, found = maxima.largest, maxima.found
+            if sequence_parallel is not None:
+                largest, found = (sequence_parallel.among_heads(x, others=float("-inf")) for x in (largest, found))
+            self.max_logits = torch.maximum(self.max_logits, largest)
+            self.found_logits = torch.maximum(self.found_logits, found)
             self.max_logit_fallbacks = self.max_logit_fallbacks + maxima.fallbacks
         out: Tensor = self.o_proj(out_BHTV.transpose(1, 2).reshape(B, T, -1))
         return out

@@ -12,6 +12,7 @@ from k2train.model.dispatch import AllToAllDispatch, Dispatch, ExpertParallel, L
 from k2train.model.experts import Experts
 from k2train.model.mlp import MLP
 from k2train.model.router import Router
+from k2train.model.sequence import SequenceParallel
 
 
 class MoE(nn.Module):
@@ -38,9 +39,9 @@ class MoE(nn.Module):
         )
         self.dispatch: Dispatch = LocalDispatch() if expert_parallel is None else AllToAllDispatch(expert_parallel)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer's output [B, T, D] and its sequence-wise balance loss (None when that is off)."""
-        index_NK, weights_NK, loads_E, balance = self.gate(x_BTD)
+    def forward(self, x_BTD: Tensor, sequence_parallel: SequenceParallel | None = None) -> tuple[Tensor, Tensor | None]:
+        """The layer's output [B, T, D] and its sequence-wise balance loss (None when that is off). See ``Router``."""
+        index_NK, weights_NK, loads_E, balance = self.gate(x_BTD, sequence_parallel)
         out_ND = self.dispatch(self.experts, self.shared_experts, x_BTD.flatten(0, 1), index_NK, weights_NK, loads_E)
         return out_ND.view_as(x_BTD), balance
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from k2train.config import ModelConfig
 from k2train.model.float32 import Float32Buffers, counts
+from k2train.model.sequence import SequenceParallel
 
 
 class _WideLinear(torch.autograd.Function):
@@ -102,7 +103,9 @@ def update_bias(bias_E: Tensor, loads_E: Tensor, *, rate: float) -> Tensor:
     return bias_E + rate * torch.sign(loads.mean() - loads).to(bias_E.dtype)
 
 
-def sequence_balance_loss(scores_BTE: Tensor, *, top_k: int, weight: float) -> Tensor:
+def sequence_balance_loss(
+    scores_BTE: Tensor, sequence_parallel: SequenceParallel | None = None, *, top_k: int, weight: float
+) -> Tensor:
     """DeepSeek-V3's complementary balance loss of each sequence (arXiv 2412.19437, equations 17 to 20), averaged.
 
     ``weight * sum_e f_e P_e`` with ``f_e = E / (K T) * (tokens whose top K by score hold e)`` and ``P_e`` the mean
@@ -110,15 +113,19 @@ def sequence_balance_loss(scores_BTE: Tensor, *, top_k: int, weight: float) -> T
 
     Args:
         scores_BTE: sigmoid affinities.
+        sequence_parallel: the processes that share out the sequences; the scores are then those of this one's part.
         top_k: experts a token (K).
         weight: alpha.
 
     Returns:
-        A scalar; ``weight`` when all is balanced.
+        A scalar; ``weight`` when all is balanced. Where sequences are shared out, the mean over their processes is that
+        of whole sequences: f, which has no gradient, is of all of a sequence, and P of the part.
     """
     B, T, E = scores_BTE.shape
     chosen = scores_BTE.topk(top_k, dim=-1, sorted=False).indices.flatten(1)
     f_BE = scores_BTE.new_zeros(B, E).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores_BTE.dtype))
+    if sequence_parallel is not None:
+        f_BE, T = sequence_parallel.sum(f_BE), T * sequence_parallel.size
     P_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1)
     return weight * E / (top_k * T) * (f_BE * P_BE).sum(-1).mean()
 
@@ -157,8 +164,14 @@ class Router(Float32Buffers):
         weights_1K = gate_weights(scores_1E, index_1K, normalise=self.normalise, scale=self.scale)
         return index_1K[0].tolist(), weights_1K[0].tolist()
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, x_BTD: Tensor, sequence_parallel: SequenceParallel | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Routes tokens, in fp32 whatever the model's dtype.
+
+        Args:
+            x_BTD: tokens.
+            sequence_parallel: the processes that share out the sequences, of which these tokens are a part.
 
         Returns:
             Chosen experts [N, K] int64, their weights [N, K] fp32, tokens an expert [E] int64, and the sequence-wise
@@ -180,5 +193,7 @@ class Router(Float32Buffers):
         balance = None
         if self.balance_loss_weight > 0:
             scores_BTE = scores_NE.view(*x_BTD.shape[:2], -1)
-            balance = sequence_balance_loss(scores_BTE, top_k=self.top_k, weight=self.balance_loss_weight)
+            balance = sequence_balance_loss(
+                scores_BTE, sequence_parallel, top_k=self.top_k, weight=self.balance_loss_weight
+            )
         return index_NK, weights_NK, loads_E, balance

@@ -27,6 +27,7 @@ from k2train.model.norm import RMSNorm
 from k2train.model.recompute import MODES, recomputed, recomputed_around_attention
 from k2train.model.rope import rope_frequencies, rope_table, softmax_scale
 from k2train.model.router import Router
+from k2train.model.sequence import SequenceParallel
 
 ATTENTION: dict[str, type[Attention]] = {"mla": LatentAttention, "gqa": GroupedQueryAttention}
 
@@ -48,21 +49,34 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        starts_BT: Tensor | None = None,
+        sequence_parallel: SequenceParallel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this layer, and the layer's balance loss where it has one. See ``Attention``."""
         if self.checkpointing == "full":
-            return recomputed(self._layer, x_BTD, cos, sin, starts_BT)
-        return self._layer(x_BTD, cos, sin, starts_BT)
+            return recomputed(self._layer, x_BTD, cos, sin, starts_BT, sequence_parallel)
+        return self._layer(x_BTD, cos, sin, starts_BT, sequence_parallel)
 
-    def _layer(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _layer(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        starts_BT: Tensor | None,
+        sequence_parallel: SequenceParallel | None,
+    ) -> tuple[Tensor, Tensor | None]:
         if self.checkpointing == "selective":
-            x_BTD = x_BTD + recomputed_around_attention(self._attend, x_BTD, cos, sin, starts_BT)
+            mixed = recomputed_around_attention(self._attend, x_BTD, cos, sin, starts_BT, sequence_parallel)
         else:
-            x_BTD = x_BTD + self._attend(x_BTD, cos, sin, starts_BT)
+            mixed = self._attend(x_BTD, cos, sin, starts_BT, sequence_parallel)
+        x_BTD = x_BTD + mixed
         normed = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            out, balance = self.mlp(normed)
+            out, balance = self.mlp(normed, sequence_parallel)
             return x_BTD + out, balance
         return x_BTD + self.mlp(normed), None
 
@@ -94,8 +108,15 @@ class Block(nn.Module):
             out = self.mlp(normed)
         return x_BD + out
 
-    def _attend(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, starts_BT: Tensor | None) -> Tensor:
-        out: Tensor = self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT)
+    def _attend(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        starts_BT: Tensor | None,
+        sequence_parallel: SequenceParallel | None,
+    ) -> Tensor:
+        out: Tensor = self.self_attn(self.input_layernorm(x_BTD), cos, sin, starts_BT, sequence_parallel)
         return out
 
 
@@ -132,7 +153,11 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
-        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, starts_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+        sequence_parallel: SequenceParallel | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss of each token, or without labels the scores of the next.
 
@@ -141,6 +166,8 @@ class Transformer(nn.Module):
             labels_BT: the ids to be predicted, or -100 where none is.
             starts_BT: int64, the index of the first token of each token's document, which alone it sees; positions
                 begin there. None for one document a row.
+            sequence_parallel: the processes that share out the sequences: tokens and labels are then this one's part,
+                starts those of the whole; None: the sequences are whole.
 
         Returns:
             Cross-entropy [B, T] in nats (fp32, 0 where the label is -100), or scores [B, T, V] (fp32); and the
@@ -154,7 +181,7 @@ class Transformer(nn.Module):
                 f"labels of shape {tuple(labels_BT.shape)} for tokens of shape {tuple(tokens_BT.shape)}: "
                 "give one label for each token, -100 where there is none"
             )
-        x_BTD, balance = self._hidden(tokens_BT, starts_BT)
+        x_BTD, balance = self._hidden(tokens_BT, starts_BT, sequence_parallel)
         if labels_BT is None:
             out = F.linear(x_BTD, self.head_weight).float()
         else:
@@ -166,25 +193,30 @@ class Transformer(nn.Module):
         scores: Tensor = self(tokens_BT, None, starts_BT)[0]  # as a call: ZeRO-3 gathers weights in modules' hooks
         return scores
 
-    def _hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _hidden(
+        self, tokens_BT: Tensor, starts_BT: Tensor | None, sequence_parallel: SequenceParallel | None
+    ) -> tuple[Tensor, Tensor | None]:
         if tokens_BT.ndim != 2 or tokens_BT.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"tokens of shape {tuple(tokens_BT.shape)} and dtype {tokens_BT.dtype}: give token ids as "
                 "[batch, tokens] integers (int64); a single sequence is tokens[None]"
             )
-        T = tokens_BT.shape[1]
+        T = tokens_BT.shape[1] * (1 if sequence_parallel is None else sequence_parallel.size)
+        own = slice(0, T) if sequence_parallel is None else sequence_parallel.part(T)
         if self.config.max_position_embeddings < T:
             raise ValueError(
                 f"a sequence of {T} tokens is longer than max_position_embeddings="
                 f"{self.config.max_position_embeddings}: give a shorter one, or raise it in the model's config"
             )
         cos, sin = self.rope_tables(T, tokens_BT.device)
-        if starts_BT is not None:
-            positions_B1T = (torch.arange(T, device=starts_BT.device) - starts_BT)[:, None]
+        if starts_BT is None:
+            cos, sin = cos[own], sin[own]
+        else:
+            positions_B1T = (torch.arange(T, device=starts_BT.device) - starts_BT)[:, None, own]
             cos, sin = cos[positions_B1T], sin[positions_B1T]
         x_BTD, balance = self.embed_tokens(tokens_BT), None
         for layer in self.layers:
-            x_BTD, part = layer(x_BTD, cos, sin, starts_BT)
+            x_BTD, part = layer(x_BTD, cos, sin, starts_BT, sequence_parallel)
             if part is not None:
                 balance = part if balance is None else balance + part
         return self.norm(x_BTD), balance

@@ -105,7 +105,7 @@ def deepspeed_config(config: RunConfig, *, world: World, precision: str) -> dict
     if config.parallel.offload_optimizer:
         sharing["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     settings: dict[str, Any] = {
-        "train_batch_size": config.train.global_batch_size,
+        "train_batch_size": config.train.global_batch_size * config.parallel.sequence_parallel,  # see Stepper
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_clipping": config.optim.clip_grad_norm,
         "zero_optimization": sharing,

@@ -235,6 +235,7 @@ def describe_machine(config: RunConfig, *, world: World, precision: str, threads
     return {
         "processes": world.size,
         "expert_parallel": config.parallel.expert_parallel,
+        "sequence_parallel": config.parallel.sequence_parallel,
         "zero_stage": config.parallel.zero_stage,
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
         "precision": precision,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from k2train.comm import World, sum_across
 from k2train.data.reader import Batch
-from k2train.model import Transformer, update_bias
+from k2train.model import SequenceParallel, Transformer, update_bias
 from k2train.monitor import Decision, Finding, Monitor
 from k2train.train.metrics import Meter
 from k2train.train.phases import Step
@@ -51,6 +51,7 @@ class Stepper:
         telemetry: Telemetry,
         clock: Stopwatch,
         world: World,
+        sequence_parallel: SequenceParallel | None,
     ) -> None:
         """Joins what a step needs.
 
@@ -66,7 +67,9 @@ class Stepper:
             telemetry: is shown what is forgotten at the end of a step.
             clock: times the parts of a step.
             world: the run's processes.
+            sequence_parallel: those that share out sequences, of which micro-batches then are parts.
         """
+        self._sequence_parallel = sequence_parallel
         self.engine, self.model, self.optimizer, self.clip = engine, model, optimizer, clip
         self._batches, self._meter, self._monitor, self._world = batches, meter, monitor, world
         self._telemetry, self._clock = telemetry, clock
@@ -136,7 +139,9 @@ class Stepper:
         self._shape = shape
         self.model.set_rope_scaling(phase.rope_scaling)
         self.engine.set_train_micro_batch_size(phase.micro_batch_size)
-        self.engine.set_train_batch_size(step.samples)
+        # To DeepSpeed a part of a sequence is a sequence: gradients are summed over all processes in any case.
+        sharing = 1 if self._sequence_parallel is None else self._sequence_parallel.size
+        self.engine.set_train_batch_size(step.samples * sharing)
         # DeepSpeed finds a step's last micro-batch by the remainder of this count.
         self.engine.micro_steps = 0
         if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):  # decides what offloading keeps
@@ -157,7 +162,7 @@ class Stepper:
             # Pinned where there is a GPU, so that the copies do not wait for what is computed before them.
             starts = None if starts_BT is None else starts_BT.to(device, non_blocking=True)
             tokens, labels = (each.to(device, non_blocking=True) for each in (tokens_BT, labels_BT))
-            loss_BT, part = self.engine(tokens, labels, starts)
+            loss_BT, part = self.engine(tokens, labels, starts, self._sequence_parallel)
             loss = loss_BT.sum() * weight + part / len(batches)
             largest = torch.cat([layer.max_logits for layer in self._attention]).amax()
             healthy &= torch.isfinite(loss.detach()) & (largest < math.inf)  # false for a NaN too

@@ -41,6 +41,7 @@ from k2train.train.loop import run_loop
 from k2train.train.metrics import Meter
 from k2train.train.phases import build_plan
 from k2train.train.saving import Saver, describe_machine
+from k2train.train.sequence import sequence_group
 from k2train.train.state import Experts, Progress, RunState
 from k2train.train.step import Stepper
 from k2train.train.stopwatch import Stopwatch
@@ -91,6 +92,7 @@ class Trainer:
         model_config = dataclasses.replace(config.model, vocab_size=self._vocab_size())
         start_deepspeed(world)
         parallel = expert_groups(world, size=config.parallel.expert_parallel)
+        self._sequence_parallel = sequence_group(world, size=config.parallel.sequence_parallel)
 
         # Shapes first: the optimizer needs no more, and at stage 3 no process ever holds all weights.
         self.model = build_model(
@@ -155,7 +157,7 @@ class Trainer:
         self.progress = self.state.progress
         self._clock = Stopwatch(device=world.device, enabled=config.track.telemetry_every > 0)
         self.telemetry = Telemetry(config.track, self.state, self._clock, precision=self.precision)
-        self._feed = Feed(self.stream, self.plan, world=world)
+        self._feed = Feed(self.stream, self.plan, world=world, sequence_parallel=self._sequence_parallel)
         self._stepper = Stepper(
             self.engine,
             self.model,
@@ -167,6 +169,7 @@ class Trainer:
             telemetry=self.telemetry,
             clock=self._clock,
             world=world,
+            sequence_parallel=self._sequence_parallel,
         )
         self._inject = Injector(
             config.inject.faults,
@@ -278,6 +281,7 @@ class Trainer:
                 batch_size=config.train.micro_batch_size,
                 document_mask=config.train.document_mask,
                 world=self.world,
+                sequence_parallel=self._sequence_parallel,
             )
         total = joined([(found[name], held_out.tokens) for name, held_out in self._held_out.items() if held_out.own])
         return Validation(total, found if len(found) > 1 else {})
@@ -325,12 +329,13 @@ class Trainer:
             self.say("this CPU has no bfloat16 products: train.precision=fp32 is many times faster here")
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         offload = " with offload" if parallel.offload_optimizer else ""
+        shared = f", sequence parallelism {parallel.sequence_parallel}" if parallel.sequence_parallel > 1 else ""
         threads = f" of {self.threads} threads" if world.device.type == "cpu" else ""
         attention = self.model.attention_layers()[0][1].backend(self.config.train.sequence_length)
         self.say(
             f"{self.config.name}: {count(total)} parameters, {count(active)} active a token; "
             f"{processes}{threads} on {world.device.type} in {self.precision}, {attention} attention; "
-            f"ZeRO-{parallel.zero_stage}{offload}, expert parallelism {parallel.expert_parallel}; "
+            f"ZeRO-{parallel.zero_stage}{offload}, expert parallelism {parallel.expert_parallel}{shared}; "
             f"{count(self.dataset.tokens('train'))} training tokens"
         )
         if self.config.inject.allow:

@@ -15,7 +15,7 @@ import torch
 
 from k2train.comm import World, sum_across
 from k2train.data import Dataset, open_dataset
-from k2train.model import Transformer
+from k2train.model import SequenceParallel, Transformer
 from k2train.train.errors import RunError
 from k2train.train.watchdog import beat
 
@@ -131,6 +131,7 @@ def held_out_loss(
     batch_size: int,
     document_mask: bool,
     world: World,
+    sequence_parallel: SequenceParallel | None = None,
 ) -> HeldOutLoss:
     """Reads the windows, shared out over the ranks, without touching expert loads or max logits.
 
@@ -141,22 +142,26 @@ def held_out_loss(
         batch_size: windows a rank reads at once.
         document_mask: whether attention stays inside a document.
         world: the run's processes. All of them must come here: experts may live on any of them.
+        sequence_parallel: those that share out each window.
     """
+    sharing = 1 if sequence_parallel is None else sequence_parallel.size
+    own = slice(None) if sequence_parallel is None else sequence_parallel.part(len(windows[0][0]))
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens, size = 0, 0
     was_training = model.training
     model.eval()
     with torch.no_grad():  # not inference_mode: what stage 3 gathers in it could not be trained with afterwards
-        for start in range(0, len(windows), batch_size * world.size):
+        for start in range(0, len(windows), batch_size * world.size // sharing):
             beat(f"validation: window {start} of {len(windows)}")
-            first = start + world.rank * batch_size
+            first = start + world.rank // sharing * batch_size
             batch = [_window(windows, number) for number in range(first, first + batch_size)]
             tokens_BT, labels_BT, starts_BT = (torch.stack(tensors) for tensors in zip(*batch, strict=True))
+            tokens_BT, labels_BT = tokens_BT[:, own], labels_BT[:, own]
             counted = labels_BT[labels_BT >= 0]
             tokens += counted.numel()
             size += int(bytes_of_token[counted].sum())
             starts = starts_BT.to(world.device) if document_mask else None
-            loss_BT, _ = model(tokens_BT.to(world.device), labels_BT.to(world.device), starts)
+            loss_BT, _ = model(tokens_BT.to(world.device), labels_BT.to(world.device), starts, sequence_parallel)
             nats += loss_BT.double().sum()
     model.train(was_training)
     total_nats, total_tokens, total_bytes = sum_across([nats, tokens, size], device=world.device)

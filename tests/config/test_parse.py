@@ -171,6 +171,38 @@ def test_world_that_does_not_divide_the_experts(tiny):
 
 
 @pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"parallel__sequence_parallel": 3}, "parallel.sequence_parallel=3 must divide model.num_attention_heads=4"),
+        (
+            {"parallel__sequence_parallel": 4, "train__sequence_length": 62},
+            "train.sequence_length=62 must be a multiple of parallel.sequence_parallel=4",
+        ),
+        (
+            {"parallel__sequence_parallel": 2, "inject__allow": True},
+            "inject.allow=true spoils whole sequences: set parallel.sequence_parallel=1",
+        ),
+    ],
+)
+def test_sequences_that_cannot_be_shared_out(tiny, settings, sentence):
+    assert any(sentence in fault for fault in faults(tiny, **settings))
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        (2, None),
+        (3, "parallel.sequence_parallel=2 does not divide the 3 processes of this run"),
+        (8, "train.global_batch_size=8 does not divide over 8 processes, 2 to a sequence, with train.micro_batch_size"),
+    ],
+)
+def test_world_that_shares_out_sequences(tiny, size, sentence):
+    config = parse(RunConfig, tiny | {"parallel": tiny["parallel"] | {"sequence_parallel": 2}})
+    found = list(config.check_world(size))
+    assert not found if sentence is None else sentence in found[0]
+
+
+@pytest.mark.parametrize(
     ("phase", "sentence"),
     [
         ({"sequence_length": 8192}, "a.sequence_length=8192 is longer than model.max_position_embeddings=4096"),

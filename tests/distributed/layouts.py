@@ -109,6 +109,18 @@ def every_layout() -> list[Layout]:
     return found
 
 
+def shared_sequences() -> list[Layout]:
+    """One process, and each way of sharing out sequences over 2 and 4."""
+    found = [Layout(1)]
+    for processes, sharing in ((2, 2), (4, 2), (4, 4)):
+        for expert_parallel, stage in itertools.product((1, 2), (1, 2, 3)):
+            layout = Layout(processes, expert_parallel, stage, sequence_parallel=sharing)
+            found += [layout, dataclasses.replace(layout, accumulation=2, recompute="selective")]
+            if stage == 1:
+                found.append(dataclasses.replace(layout, precision="bf16"))
+    return found
+
+
 def measure(run: Run, folder: Path, expected: Truth) -> Result:
     """One run, by all processes together; the result is rank 0's to use."""
     begin, layout = time.perf_counter(), run.layout
@@ -135,7 +147,7 @@ def measure(run: Run, folder: Path, expected: Truth) -> Result:
     records, held_out, counts = [], expected.held_out, []
     for step in range(first, run.until):
         if step == HALF:
-            held_out = loss_on_held_out(trainer.model, trainer.dataset, config)
+            held_out = loss_on_held_out(trainer.model, trainer.dataset, config, trainer._sequence_parallel)
         trainer.optimizer.orthogonalized = Counter()
         assert trainer.step()
         records.append(trainer.record())
@@ -244,13 +256,15 @@ def _drift(weights: dict[str, Tensor], expected: Truth) -> tuple[float, float, s
 def _routes_of_all(routes: Routes, config: RunConfig, world: World) -> Tensor:
     """[steps, layers, tokens, K], the samples of each step in order, on all ranks."""
     layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.size)
+    micro_batch, sharing = config.train.micro_batch_size, config.parallel.sequence_parallel
+    micro_batches = config.train.global_batch_size * sharing // (micro_batch * world.size)
     own = torch.stack(routes.chosen)  # [steps * micro-batches * layers, tokens, K]
-    own = own.view(-1, micro_batches, layers, *own.shape[1:])
+    own = own.view(-1, micro_batches, layers, micro_batch, own.shape[1] // micro_batch, own.shape[2])
     parts = [torch.empty_like(own) for _ in range(world.size)]
     dist.all_gather(parts, own)
-    everywhere = torch.stack(parts, 2)  # steps, micro-batches, ranks, layers, tokens, K
-    return everywhere.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
+    # steps, micro-batches, ranks, parts of a sequence, layers, samples, tokens, K
+    everywhere = torch.stack(parts, 2).unflatten(2, (-1, sharing))
+    return everywhere.permute(0, 4, 1, 2, 5, 3, 6, 7).flatten(2, 6)
 
 
 def _work(rank: int, port: int, runs: Sequence[Run], folder: Path) -> None:

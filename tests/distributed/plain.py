@@ -23,7 +23,7 @@ from k2train.comm import World
 from k2train.config import RunConfig, parse
 from k2train.data import DataPhase, TrainStream, open_dataset, prepare
 from k2train.generate import sample_text
-from k2train.model import Transformer, build_model, update_bias
+from k2train.model import SequenceParallel, Transformer, build_model, update_bias
 from k2train.model.float32 import counts
 from k2train.train.engine import build_clip, build_optimizer
 from k2train.train.validate import held_out_loss
@@ -74,6 +74,7 @@ class Layout:
     overlap: bool = False
     offload: bool = False
     recompute: str = "none"  # of train.activation_checkpointing
+    sequence_parallel: int = 1
     sub_group_size: int | None = None  # elements, stage 3; DeepSpeed's own is a billion, which makes one of each group
 
 
@@ -137,7 +138,9 @@ def plain_loop(folder: Path) -> Truth:
     return Truth(start, weights, losses, telemetry, held_out, experts, sample)
 
 
-def loss_on_held_out(model: Transformer, dataset: Any, config: RunConfig) -> float:
+def loss_on_held_out(
+    model: Transformer, dataset: Any, config: RunConfig, sequence_parallel: SequenceParallel | None = None
+) -> float:
     """Nats a token, read by all processes together."""
     windows = dataset.windows("held_out", sequence_length=config.train.sequence_length)[:6]
     bytes_of_token = torch.ones(dataset.padded_vocab_size, dtype=torch.int64)
@@ -145,7 +148,13 @@ def loss_on_held_out(model: Transformer, dataset: Any, config: RunConfig) -> flo
     if dist.is_initialized():
         world = dataclasses.replace(world, rank=dist.get_rank(), size=dist.get_world_size())
     return held_out_loss(
-        model, windows, bytes_of_token=bytes_of_token, batch_size=2, document_mask=True, world=world
+        model,
+        windows,
+        bytes_of_token=bytes_of_token,
+        batch_size=2,
+        document_mask=True,
+        world=world,
+        sequence_parallel=sequence_parallel,
     ).per_token
 
 
@@ -171,11 +180,12 @@ def load_truth(folder: Path) -> Truth:
 
 def config_of(folder: Path, layout: Layout) -> RunConfig:
     """Of a run whose corpus and results lie in ``folder``."""
-    micro_batch = 8 // (layout.processes * layout.accumulation)
+    micro_batch = 8 * layout.sequence_parallel // (layout.processes * layout.accumulation)
     own = [f"data.path={folder / 'text'}", f"data.cache_dir={folder / 'cache'}", f"runs_dir={folder / 'runs'}"]
     own += [f"train.micro_batch_size={micro_batch}", f"train.precision={layout.precision}"]
     own += [f"parallel.zero_stage={layout.zero_stage}", f"parallel.expert_parallel={layout.expert_parallel}"]
     own += [f"parallel.offload_optimizer={str(layout.offload).lower()}"]
+    own += [f"parallel.sequence_parallel={layout.sequence_parallel}"]
     own += [f"train.activation_checkpointing={layout.recompute}"]
     config = parse(RunConfig, compose(TRAIN, [*SETTINGS, *own]))
     assert not [*config.check_world(layout.processes)]

@@ -1,14 +1,15 @@
 """Every way of cutting a run over processes gives what one process gives (see ``layouts``)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.layouts import Result, Run, every_layout, measure_all
-from tests.distributed.plain import HALF, Layout
+from tests.distributed.layouts import Result, Run, every_layout, measure_all, shared_sequences
+from tests.distributed.plain import HALF, STEPS, Layout
 
-# Each axis once: processes, expert parallelism, stage, accumulation, overlap, offload, BF16_Optimizer, sub-groups. The
-# run that moves is stopped half-way in one layout and goes on in another.
+# Each axis once: processes, expert and sequence parallelism, stage, accumulation, overlap, offload, BF16_Optimizer,
+# sub-groups. The run that moves is stopped half-way in one layout and goes on in another.
 STAGE_3 = Layout(2, 2, zero_stage=3, overlap=True)
 QUICK = [
     Run(Layout(1, zero_stage=2, accumulation=2), "one"),
@@ -17,9 +18,9 @@ QUICK = [
     Run(STAGE_3, "stopped", until=HALF),
     Run(STAGE_3, "stopped"),
     Run(STAGE_3, "moved", until=HALF),
-    Run(Layout(2, 1, zero_stage=2, offload=True), "moved"),
+    Run(Layout(2, 1, zero_stage=2, offload=True, sequence_parallel=2), "moved"),
     Run(Layout(2, 2, zero_stage=3, recompute="full", sub_group_size=3000), "sub-groups"),
-    Run(Layout(4, 4, offload=True), "four"),
+    Run(Layout(4, 4, offload=True, sequence_parallel=2), "four"),
 ]
 
 
@@ -67,11 +68,24 @@ def test_a_run_that_was_stopped_at_stage_3_goes_on_to_the_last_bit(measured):
 
 
 @pytest.mark.full
-def test_every_layout_gives_what_one_process_gives(tmp_path: Path):
-    layouts = every_layout()
+@pytest.mark.parametrize("all_layouts", [every_layout, shared_sequences])
+def test_every_layout_gives_what_one_process_gives(tmp_path: Path, all_layouts: Callable[[], list[Layout]]):
+    layouts = all_layouts()
     results = measure_all([Run(layout, f"run{number}") for number, layout in enumerate(layouts)], tmp_path)
     assert [r.layout for r in results] == layouts
     for result in results:
         check(result, results[0].sample)
         assert result.clipped_heads > 20
         assert result.clipped_gradients > 5
+
+
+@pytest.mark.full
+def test_runs_go_on_with_sequences_shared_out_otherwise(tmp_path: Path):
+    runs = []
+    for first, then in ((1, 2), (2, 1), (2, 4)):
+        for layout, until in ((first, HALF), (then, STEPS)):
+            runs.append(Run(Layout(4, 2, zero_stage=2, sequence_parallel=layout), f"{first} to {then}", until))
+    results = measure_all(runs, tmp_path)
+    for run, result in zip(runs, results, strict=True):
+        if run.until == STEPS:
+            check(result, results[1].sample)
