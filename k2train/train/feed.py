@@ -16,7 +16,7 @@ class Feed:
     """Gives each step its batches; one thread reads those of the next step while this one is computed."""
 
     def __init__(
-        self, stream: TrainStream, plan: Plan, *, world: World, sequence_parallel: SequenceParallel | None
+        self, stream: TrainStream, plan: Plan, *, world: World, sequence_parallel: SequenceParallel | None = None
     ) -> None:
         """Reads nothing yet.
 

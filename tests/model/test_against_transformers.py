@@ -158,3 +158,35 @@ def test_the_bias_decides_who_is_chosen(
     with watch_routers(model, lambda output: (output[0], output[1])) as unbiased:
         model.logits(tokens)
     assert ((biased[0] > 0) != (unbiased[0] > 0)).any(1).float().mean() > 0.1
+
+
+EXTENDED = {
+    "K2_to_32K": yarn(original_max_position_embeddings=4096, beta_fast=1.0),
+    "K2_to_128K": K2_YARN,
+    "DeepSeek_V3": yarn(factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0),
+    "ratio_of_mscales": yarn(factor=32.0, original_max_position_embeddings=4096, mscale=0.7, mscale_all_dim=1.3),
+    "no_mscale": yarn(factor=32.0, original_max_position_embeddings=4096, mscale=0.0, mscale_all_dim=0.0),
+}
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+def test_logits_at_positions_that_only_yarn_reaches(
+    name: str, make_model: Callable[..., Transformer], make_tokens: Callable[..., Tensor]
+) -> None:
+    """From a plain model switched to YaRN, as by a phase: 80 tokens of which half lie within the original context, and
+    half are spread over all that the factor adds to it, to the last."""
+    scaling = EXTENDED[name]
+    within, reach = 4096, int(scaling.factor) * 4096
+    generator = torch.Generator().manual_seed(0)
+    near = torch.randperm(within, generator=generator)[:40]
+    far = within + torch.randperm(reach - within - 1, generator=generator)[:39]
+    positions = torch.cat((near, far, torch.tensor([reach - 1]))).sort().values
+    shape = {"max_position_embeddings": reach, "qk_rope_head_dim": 16, "rope_theta": 50000.0}
+    model, tokens = make_model(**shape), make_tokens(2, len(positions))
+    tables = model.rope_tables
+    model.rope_tables = lambda _, device: tuple(t[positions] for t in tables(reach, device))  # type: ignore[assignment, method-assign]
+    plain = model.logits(tokens)
+    model.set_rope_scaling(scaling)
+    expected = to_transformers(model)(input_ids=tokens, position_ids=positions[None]).logits
+    assert (model.logits(tokens) - expected).abs().max() <= 1e-5
+    assert (model.logits(tokens) - plain).abs().max() > 1e-2

@@ -13,6 +13,7 @@ from k2train.cli.compose import compose
 from k2train.comm import World
 from k2train.config import RunConfig, ScheduleConfig, parse
 from k2train.data import DataError, TrainStream, open_dataset
+from k2train.model import SequenceParallel
 from k2train.train.failures import describe
 from k2train.train.feed import Feed
 from k2train.train.phases import build_plan
@@ -38,12 +39,29 @@ def stream_of(manifest, plan) -> TrainStream:
     return TrainStream(open_dataset(manifest), plan.data_phases(), seed=1)
 
 
-def feed_of(stream, plan, *, rank: int = 0, size: int = 1) -> Feed:
-    return Feed(stream, plan, world=World(rank, size, rank, size, torch.device("cpu")))
+def feed_of(stream, plan, *, rank: int = 0, size: int = 1, sharing: int = 1) -> Feed:
+    parallel = SequenceParallel(None, sharing, rank % sharing) if sharing > 1 else None
+    return Feed(stream, plan, world=World(rank, size, rank, size, torch.device("cpu")), sequence_parallel=parallel)
 
 
 def prefetching() -> bool:
     return any(thread.name == "k2train-prefetch" for thread in threading.enumerate())
+
+
+def test_ranks_that_share_out_sequences_get_parts_of_the_same_samples(manifest, plan):
+    stream = stream_of(manifest, plan)
+    whole = [feed_of(stream, plan, rank=rank, size=2) for rank in range(2)]
+    parts = [feed_of(stream, plan, rank=rank, size=8, sharing=4) for rank in range(8)]
+    for number in (3, 4):  # of both lengths
+        step = plan.step(number)
+        for first, feed in zip((0, 4), whole, strict=True):
+            shared = zip(*(part.take(step) for part in parts[first : first + 4]), strict=True)
+            for (tokens, labels, starts), batches in zip(feed.take(step), shared, strict=True):
+                assert torch.equal(torch.cat([batch[0] for batch in batches], 1), tokens)
+                assert torch.equal(torch.cat([batch[1] for batch in batches], 1), labels)
+                assert all(torch.equal(batch[2], starts) for batch in batches)
+    for feed in whole + parts:
+        feed.close()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
