@@ -241,9 +241,7 @@ class Trainer:
 
     def warnings(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What a record shows to go wrong slowly, each as it is written to metrics.jsonl."""
-        found = self.drift.observe(record, steps=self.plan.steps)
-        about = {"step": record["step"], "tokens": record["tokens"]}
-        return [about | {"incident": {"action": "warned", **warning}} for warning in found]
+        return _warned(record, self.drift.observe(record, steps=self.plan.steps))
 
     def validate(self, *, whole: bool) -> Validation:
         """The loss on held-out text, of which hooks are told; called by all ranks together.
@@ -268,6 +266,9 @@ class Trainer:
         }
         for hook in self.hooks:
             hook.validation(record)
+        for warning in _warned(record, self.drift.observe_validation(record)):
+            for hook in self.hooks:
+                hook.warning(warning)
         return result
 
     def _validate(self, *, whole: bool) -> Validation:
@@ -351,6 +352,11 @@ class Trainer:
                 "tokenizer: raise it, or set it to null to follow the tokenizer"
             )
         return wanted or there
+
+
+def _warned(record: Mapping[str, Any], warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    about = {"step": record["step"], "tokens": record["tokens"]}
+    return [about | {"incident": {"action": "warned", **warning}} for warning in warnings]
 
 
 def _apart(config: RunConfig) -> dict[str, Path]:
