@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import multiprocessing
 import random
 import re
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from synthetic_data import documents_of, make_dataset
 
 from k2train.data import DataError, DataPhase, TrainStream, open_dataset
 from k2train.data.phases import Skips
+from k2train.paths import atomic_write
 
 LINES = {"code": ((0, 1), (9000, 1), (9001, 0)), "math": ((4000, 0), (16000, 3)), "web": 2.0}
 EVEN = {"code": 1.0, "math": 1.0, "web": 1.0}
@@ -38,13 +41,13 @@ def rows(stream: TrainStream, numbers) -> list[list[int]]:
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True}, {"group_shards": 2}], ids=["cut", "packed", "groups"])
 def test_any_number_of_processes_reads_the_same_order(manifest, settings):
-    """The world changes at random; what all ranks read, put together, is one order: nothing lost, nothing twice."""
+    """The world changes now and then; what all ranks read, put together, is one order: nothing lost or twice."""
     rng, step, batch = random.Random(1), 0, 48
     whole, together = stream_of(manifest, **settings), []
-    while step < 10:
-        world, micro = rng.choice([1, 2, 3, 4, 8, 16]), rng.choice([1, 3])
+    for world in rng.sample([1, 2, 3, 4, 8, 16], 6):
+        micro = rng.choice([1, 3])
         ranks = [stream_of(manifest, **settings) for _ in range(world)]
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(1, 3)):
             numbers = range(step * batch, (step + 1) * batch)
             pieces = {}
             for rank, start in itertools.product(range(world), range(0, batch // world, micro)):
@@ -53,6 +56,37 @@ def test_any_number_of_processes_reads_the_same_order(manifest, settings):
             together += [pieces[number] for number in numbers]
             step += 1
     assert together == rows(whole, range(step * batch))
+
+
+def read_on(manifest: Path, folder: Path) -> None:
+    """From the state that is there, or from the beginning; each sample that is read is written down, then the state."""
+    stream, path = stream_of(manifest), folder / "state.json"
+    first = stream.load_state_dict(json.loads(path.read_text())) if path.exists() else 0
+    with open(folder / "read", "a", encoding="utf-8") as log:
+        for number, ((_, labels, _),) in enumerate(stream.steps([[n]] for n in range(first, 1200)), first):
+            log.write(f"{json.dumps([number, labels[0].tolist()])}\n")
+            log.flush()
+            atomic_write(path, json.dumps(stream.state_dict(number + 1)))
+
+
+@pytest.mark.full
+def test_a_reader_killed_at_random_points_reads_on_bit_for_bit(manifest, tmp_path):
+    rng, context = random.Random(4), multiprocessing.get_context("fork")
+
+    def start(seconds: float | None) -> int | None:
+        process = context.Process(target=read_on, args=(manifest, tmp_path))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    kills = [start(rng.uniform(0, 0.2)) for _ in range(20)].count(-signal.SIGKILL)
+    assert kills > 5
+    assert start(None) == 0
+    found = [json.loads(line) for line in (tmp_path / "read").read_text().splitlines()]
+    assert len(found) <= 1200 + kills  # of each kill at most the sample before its state comes again
+    assert dict(found) == dict(enumerate(rows(stream_of(manifest), range(1200))))
 
 
 def test_a_run_resumed_at_any_point_reads_on_bit_for_bit(manifest):

@@ -76,7 +76,8 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
 
 
-def test_a_ranks_file_gives_the_ids_of_tiktoken(tmp_path):
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.full)])
+def test_a_ranks_file_gives_the_ids_of_tiktoken(tmp_path, count):
     """Of the form of Kimi K2's tiktoken.model and tokenizer_config.json, with its split."""
     definition = train_bpe(documents(300), vocab_size=900, split="kimi-k2")
     ranks = ranks_of(definition)
@@ -89,7 +90,7 @@ def test_a_ranks_file_gives_the_ids_of_tiktoken(tmp_path):
     tokenizer = Tokenizer(made, engine="tiktoken", end_of_text="[EOS]")
     assert (tokenizer.end_of_text, tokenizer.vocab_size) == (len(ranks) + 1, len(ranks) + 256)
     theirs = tiktoken.Encoding("theirs", pat_str=SPLITS["kimi-k2"], mergeable_ranks=ranks, special_tokens={})
-    texts = documents(1000)
+    texts = documents(count)
     assert choose_engine(made, texts, end_of_text="[EOS]") == "tiktoken"
     for text in texts:
         assert tokenizer.encode(text) == theirs.encode_ordinary(text)
