@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from k2train.config import PlanConfig
 from k2train.paths import atomic_write
-from k2train.plan.estimate import Part, estimate, vocabulary
+from k2train.plan.estimate import Part, estimate, with_vocabulary
 from k2train.plan.page import as_json, page, search_page
 from k2train.plan.picture import picture
 from k2train.plan.search import search
@@ -24,8 +23,7 @@ def run(config: PlanConfig) -> int:
         ConfigError: the run cannot be split so, or its phases do not fit together.
         OSError: the picture cannot be written.
     """
-    model = dataclasses.replace(config.model, vocab_size=vocabulary(config))
-    config = dataclasses.replace(config, model=model)
+    config = with_vocabulary(config)
     steps = parts(config)
     found = estimate(config, steps)
     searched = search(config, steps) if config.search else None

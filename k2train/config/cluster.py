@@ -31,6 +31,7 @@ class ClusterConfig:
     network_bandwidth: float = rule(above=0)  # to other nodes
     network_efficiency: float = rule(above=0, at_most=1)  # of both
     latency: float = rule(at_least=0)  # seconds that a collective takes at least
+    host_seconds: float = rule(at_least=0)  # to start the operations of a layer, forward and backward
     dollars_per_hour: float | None = rule(at_least=0)  # of a device; null: no price is known
 
     @property

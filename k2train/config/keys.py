@@ -9,6 +9,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+ABSENT = ("pipeline", "tensor")  # ways of splitting a model that are left to others
+
 
 def key_types(cls: type) -> dict[str, Any]:
     """Dotted key -> type hint, groups and their members alike; ``*`` stands for any name, as in ``optim.roles.*.lr``.
@@ -28,6 +30,11 @@ def suggest_key(cls: type, key: str) -> str:
     """``did you mean optim.lr?``: the keys that a wrong one may stand for, wherever they are in the tree."""
     known = list(key_types(cls))
     last = key.rpartition(".")[2]
+    if any(word in last for word in ABSENT):
+        return (
+            f"k2train has no {' and no '.join(ABSENT)} parallelism: a model is split by parallel.zero_stage and "
+            "parallel.expert_parallel, which `k2train plan --search` chooses"
+        )
     if found := [k for k in known if k.rpartition(".")[2] == last and "*" not in k]:
         return f"did you mean {' or '.join(found[:3])}?"
     if found := difflib.get_close_matches(key, known, n=1, cutoff=0.6):

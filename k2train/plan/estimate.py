@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -160,22 +161,23 @@ def refusals(config: PlanConfig, parts: Sequence[Part]) -> Iterator[str]:
             )
 
 
-def vocabulary(config: PlanConfig) -> int:
-    """The model's vocabulary; where it follows the tokenizer, the size that this will have.
+def with_vocabulary(config: PlanConfig) -> PlanConfig:
+    """The config with a number as its vocabulary: where that follows the tokenizer, the size that this will have.
 
     Raises:
-        ConfigError: only the tokenizer's file would tell.
+        ConfigError: only the tokenizer's file, or the data, would tell.
     """
     tokenizer = config.data.tokenizer
     if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    if tokenizer.kind not in ("bpe", "bytes"):
+        return config
+    if config.data.prepared or tokenizer.kind not in ("bpe", "bytes"):
         raise ConfigError(
             [
-                f"model.vocab_size=null, and the size of {tokenizer.path or 'the tokenizer'} is not known without it: "
-                "give model.vocab_size, as in model.vocab_size=163840"
+                "model.vocab_size=null follows the tokenizer, whose size is not known without its file: "
+                "give it, as in model.vocab_size=163840"
             ]
         )
     size = 257 if tokenizer.kind == "bytes" else tokenizer.vocab_size
     assert size is not None
-    return -(-size // tokenizer.pad_to_multiple) * tokenizer.pad_to_multiple
+    padded = -(-size // tokenizer.pad_to_multiple) * tokenizer.pad_to_multiple
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=padded))

@@ -18,7 +18,7 @@ from k2train.plan.layout import LIVE_PARAMETERS, REDUCE_BUCKET, Flat, Layout, St
 
 # As in k2train.model.loss and block_attention: elements of a chunk of logits, and those kept at most, on CPU and GPU.
 CHUNK_LOGITS, KEPT_LOGITS = {False: 2**20, True: 2**27}, {False: 2**24, True: 2**31}
-KEPT_PROBABILITIES = 2**24
+KEPT_PROBABILITIES, ROWS = 2**24, 128
 FP32 = 4
 
 
@@ -194,8 +194,8 @@ def _attention(layout: Layout, step: Step, mode: str) -> float:
     kernel = H * (2 * d + V) + out
     if layout.on_gpu:
         kernel += out + FP32 * H // layout.weight_bytes  # by head and by token; the log-sum-exp
-    elif (size := step.sequences * H * step.sequence_length**2 // 2) <= KEPT_PROBABILITIES:
-        kernel += size // step.tokens
+    elif step.sequences * H * step.sequence_length**2 // 2 <= KEPT_PROBABILITIES:
+        kernel += H * (step.sequence_length + min(ROWS, step.sequence_length)) // 2  # of blocks of rows
     return latents + made + kernel
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from k2train.plan.communication import by_kind
@@ -99,10 +100,14 @@ def search_page(found: Found) -> list[str]:
         candidate, one = found.closest
         lines.append(f"  the closest: {headroom(one)} with {' '.join(candidate.overrides)}")
     if found.reasons:
-        lines += ["", "Those that do not fit"]
-        lines += [f"  {number:>4} {reason}" for reason, number in found.reasons.most_common(SHOWN)]
-        if len(found.reasons) > SHOWN:
-            lines.append(f"       and {len(found.reasons) - SHOWN} reasons more")
+        lines += ["", "Those that do not fit, by what they need at least"]
+        needs = [
+            (memory(reason.least), f"{reason.ways} x", what)
+            for what, reason in sorted(found.reasons.items(), key=lambda item: item[1].least)
+        ]
+        lines += _table(needs[:SHOWN])
+        if len(needs) > SHOWN:
+            lines.append(f"  and {len(needs) - SHOWN} reasons more")
     return lines
 
 
@@ -129,7 +134,7 @@ def as_json(found: Estimate, searched: Found | None) -> dict[str, Any]:
                 {"overrides": candidate.overrides, "seconds": one.seconds, "memory": one.fullest.memory.total}
                 for candidate, one in searched.fitting
             ],
-            "reasons": dict(searched.reasons),
+            "reasons": {what: asdict(reason) for what, reason in searched.reasons.items()},
         }
     return result
 

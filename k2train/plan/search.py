@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,14 @@ class Candidate:
         return tuple(found)
 
 
+@dataclass
+class Reason:
+    """Why some ways of splitting a run do not fit."""
+
+    ways: int = 0
+    least: float = math.inf  # bytes of a device, of the one among them that needs least
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search has found."""
@@ -51,7 +59,7 @@ class Found:
     tried: int
     fitting: Sequence[tuple[Candidate, Estimate]]  # fastest first
     closest: tuple[Candidate, Estimate] | None  # if none fits: the one that needs least memory
-    reasons: Counter[str]  # why others do not fit, and how many
+    reasons: Mapping[str, Reason]  # why the others do not fit
 
 
 def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
@@ -63,7 +71,7 @@ def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
         config: of the run, whose cluster, batch and sequence length stay as they are.
         parts: of the run; all get the same micro-batch.
     """
-    fitting, reasons, tried = [], Counter[str](), 0
+    fitting, reasons, tried = [], defaultdict[str, Reason](Reason), 0
     closest: tuple[Candidate, Estimate] | None = None
     exchanges: dict[tuple[int, int], Exchange] = {}
     for candidate in candidates(config, parts):
@@ -76,10 +84,11 @@ def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
         if found.fits:
             fitting.append((candidate, found))
             continue
-        reasons[_reason(candidate, found)] += 1
-        if closest is None or found.fullest.memory.total < closest[1].fullest.memory.total:
+        reason, needed = reasons[_reason(candidate, found)], found.fullest.memory.total
+        reason.ways, reason.least = reason.ways + 1, min(reason.least, needed)
+        if closest is None or needed < closest[1].fullest.memory.total:
             closest = candidate, found
-    fitting.sort(key=lambda pair: pair[1].seconds)
+    fitting.sort(key=lambda pair: (pair[1].seconds, pair[1].fullest.memory.total))
     return Found(tried, fitting, None if fitting else closest, reasons)
 
 
@@ -115,7 +124,7 @@ def _reason(candidate: Candidate, found: Estimate) -> str:
     """What takes most of the memory, at that stage and expert parallelism."""
     components = found.fullest.memory.components
     largest = max(components, key=lambda name: components[name])
-    return f"ZeRO-{candidate.zero_stage}, experts over {candidate.expert_parallel}: too large, mostly {largest}"
+    return f"ZeRO-{candidate.zero_stage}, experts over {candidate.expert_parallel}: most of it {largest}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -4,9 +4,10 @@ The assumptions, all of which an efficiency of the cluster's file may correct:
 
 - Products run at ``product_efficiency`` of the peak. What is computed again counts as work, not as utilisation.
 - What lies between products runs at the speed of memory: every byte that a layer keeps is written once and read once,
-  forward, and its gradient likewise, and logits are read and written four times in fp32.
+  forward, and its gradient likewise; of logits 28 bytes: twice in bf16 and fp32 for the loss, thrice for its gradient.
 - Gradients are reduced, and at stage 3 weights gathered, while others are computed, as far as there is time: the longer
   of both counts. Rows travel to their experts while the shared experts are computed, forward and backward.
+- A GPU is never idle but where the host takes longer to start a micro-batch's operations than it to carry them out.
 - Gathering weights after the update, and Muon's exchange beyond the time of its products, hide behind nothing.
 - No rank waits for another: routing is even, data are there, nothing fails. Validation and checkpoints come on top.
 """
@@ -23,6 +24,8 @@ from k2train.plan.hardware import Hardware
 from k2train.plan.layout import Layout, Step
 from k2train.plan.memory import KEPT_LOGITS, kept_of_layer
 
+LOGIT_BYTES = 28  # that pass through memory for each
+
 
 @dataclass(frozen=True)
 class Time:
@@ -33,6 +36,7 @@ class Time:
     memory: float
     expert_traffic: float  # beyond what hides
     sequence_traffic: float
+    waiting: float  # for the host to start operations, beyond what all of the above takes
     gradient_traffic: float  # and the weights that stage 3 gathers, beyond what hides
     update: float
     weight_traffic: float
@@ -48,6 +52,7 @@ class Time:
             "memory": self.memory,
             "expert all-to-all": self.expert_traffic,
             "sequence all-to-all": self.sequence_traffic,
+            "waiting for the host": self.waiting,
             "gradients and gathers beyond that": self.gradient_traffic,
             "update": self.update,
             "weights after it": self.weight_traffic,
@@ -79,13 +84,16 @@ def step_time(layout: Layout, step: Step, found: Sequence[Traffic], exchange: Ex
     moe = model.num_hidden_layers - model.first_k_dense_replace
     shared = 6 * moe * model.n_shared_experts * 3 * model.hidden_size * model.moe_intermediate_size
     experts = max(0.0, sent.get("expert all-to-all", 0.0) - hardware.products(tokens * shared, bf16=bf16))
+    sequences = sent.get("sequence all-to-all", 0.0)
+    host = step.micro_batches * model.num_hidden_layers * layout.config.cluster.host_seconds
+    waiting = max(0.0, host - products - recomputed - memory - experts - sequences)
     during = sent.get("gradient reduce", 0.0)
     after = sent.get("parameter gather", 0.0)
     if layout.zero_stage == 3:
         during, after = during + after, 0.0
     # Only the last micro-batch's backward pass hides a reduction that comes once a step.
     reduced_each = layout.zero_stage > 1
-    behind = (products * (1 if layout.zero_stage == 3 else 2 / 3) + recomputed + memory) / (
+    behind = (products * (1 if layout.zero_stage == 3 else 2 / 3) + recomputed + memory + waiting) / (
         1 if reduced_each else step.micro_batches
     )
     hidden = min(during, behind) if layout.buckets > 1 and not layout.whole_gradients else 0.0
@@ -94,7 +102,8 @@ def step_time(layout: Layout, step: Step, found: Sequence[Traffic], exchange: Ex
         recomputed=recomputed,
         memory=memory,
         expert_traffic=experts,
-        sequence_traffic=sent.get("sequence all-to-all", 0.0),
+        sequence_traffic=sequences,
+        waiting=waiting,
         gradient_traffic=during - hidden,
         update=_update(layout, hardware, exchange, sent.get("Muon exchange", 0.0)),
         weight_traffic=after + sent.get("counts", 0.0),
@@ -130,7 +139,7 @@ def _moved(layout: Layout, step: Step) -> float:
     dense = model.num_hidden_layers - moe
     kept = moe * kept_of_layer(layout, step, "none") + dense * kept_of_layer(layout, step, "none", moe=False)
     passes = 4 if mode == "none" else 6  # forward again
-    return passes * kept + 4 * 4 * model.vocab_size
+    return passes * kept + LOGIT_BYTES * model.vocab_size
 
 
 def _update(layout: Layout, hardware: Hardware, exchange: Exchange, sending: float) -> float:

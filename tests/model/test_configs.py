@@ -35,6 +35,8 @@ def test_k2_has_exactly_its_parameters() -> None:
         ("base", 8192, 46.4),
         ("small-gqa", 4096, 5.14),
         ("small-dense", 4096, 2.81),
+        ("100m", 16384, 115.3),
+        ("1b", 32768, 1_005),
     ],
 )
 def test_sizes(name: str, vocabulary: int, millions: float) -> None:
@@ -45,5 +47,5 @@ def test_sizes(name: str, vocabulary: int, millions: float) -> None:
 
 
 def test_every_shipped_config_is_listed_here() -> None:
-    listed = {"k2", "moonlight-16b", "nano", "small", "base", "small-gqa", "small-dense"}
+    listed = {"k2", "moonlight-16b", "nano", "small", "base", "small-gqa", "small-dense", "100m", "1b"}
     assert {path.stem for path in FOLDER.glob("*.yaml")} == listed

@@ -27,7 +27,7 @@ from k2train.comm import close_world, gather_json, open_world
 from k2train.config import ClusterConfig, PlanConfig, RunConfig, parse
 from k2train.paths import RunPaths, config_dir
 from k2train.plan.communication import by_kind
-from k2train.plan.estimate import Estimate, Part, estimate, vocabulary
+from k2train.plan.estimate import Estimate, Part, estimate, with_vocabulary
 from k2train.train.quiet import import_deepspeed
 from tests.distributed.plain import Layout, config_of, prepared, write_text
 from tests.plan.collectives import Counted, count_collectives
@@ -75,7 +75,7 @@ def plan_config(config: RunConfig, **cluster: Any) -> PlanConfig:
     values = yaml.safe_load((config_dir() / "cluster" / "cpu.yaml").read_text()) | cluster
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     found = PlanConfig(**fields, cluster=parse(ClusterConfig, values), search=False, json=False, picture=None)
-    return dataclasses.replace(found, model=dataclasses.replace(found.model, vocab_size=vocabulary(found)))
+    return with_vocabulary(found)
 
 
 def planned(config: RunConfig, ranks: int) -> Estimate:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from functools import cache
 
 import pytest
 
@@ -14,7 +15,7 @@ from k2train.cli.compose import compose
 from k2train.cli.plan import parts
 from k2train.config import ConfigError, PlanConfig, parse
 from k2train.plan.communication import Traffic, by_kind
-from k2train.plan.estimate import Estimate, Part, estimate, vocabulary
+from k2train.plan.estimate import Estimate, Part, estimate, with_vocabulary
 from k2train.plan.exchange import muon_exchange
 from k2train.plan.hardware import Hardware
 from k2train.plan.layout import build_layout
@@ -25,9 +26,9 @@ PRETRAINING = Part("pretraining", 10, 16384, 1, 4096)
 K2 = ["model=k2", "cluster=h800-2048", "parallel.zero_stage=2", "parallel.expert_parallel=128"]
 
 
+@cache
 def config_of(*words: str) -> PlanConfig:
-    config = parse(PlanConfig, compose(PLAN, list(words)))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary(config)))
+    return with_vocabulary(parse(PlanConfig, compose(PLAN, list(words))))
 
 
 def planned(*words: str) -> Estimate:
@@ -92,7 +93,7 @@ def test_a_device_of_another_kind_is_refused(capsys):
 
 def test_the_vocabulary_follows_the_tokenizer():
     assert config_of("data.tokenizer.vocab_size=5000").model.vocab_size == 5056
-    with pytest.raises(ConfigError, match=r"give model\.vocab_size"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=163840"):
         config_of("data.tokenizer.kind=json", "data.tokenizer.path=tokenizer.json")
 
 
@@ -142,9 +143,10 @@ def test_collectives_take_as_long_as_rings_do():
 def test_a_search_ranks_what_fits_and_says_why_the_rest_does_not():
     config = config_of(*K2)
     found = search(config, [PRETRAINING])
-    assert found.tried == len(found.fitting) + sum(found.reasons.values())
+    assert found.tried == len(found.fitting) + sum(reason.ways for reason in found.reasons.values())
     assert [one.seconds for _, one in found.fitting] == sorted(one.seconds for _, one in found.fitting)
-    assert any("ZeRO-1, experts over 1: too large" in reason for reason in found.reasons)
+    assert "ZeRO-1, experts over 1: most of it gradients" in found.reasons
+    assert all(reason.least > config.cluster.memory_bytes for reason in found.reasons.values())
     candidate, best = found.fitting[0]
     own = dataclasses.replace(PRETRAINING, micro_batch=candidate.micro_batch_size)
     again = estimate(configured(config, candidate), [own])

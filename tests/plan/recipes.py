@@ -1,0 +1,69 @@
+"""What each recipe costs, by the plan: the tables of docs/recipes.md.
+
+python -m tests.plan.recipes docs/recipes.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from k2train.cli.commands import PLAN
+from k2train.cli.compose import compose
+from k2train.cli.plan import parts, with_vocabulary
+from k2train.config import PlanConfig, parse
+from k2train.plan.estimate import Estimate, estimate
+from k2train.units import count, memory
+
+# The command's words, and the machine in words.
+RECIPES = {
+    "experiment=k2 cluster=h800-2048": "2048 H800",
+    "experiment=k2-annealing cluster=h800-2048": "2048 H800",
+    "experiment=k2-32k cluster=h800-2048": "2048 H800",
+    "experiment=moonlight-16b cluster=h100 cluster.nodes=32": "256 H100",
+    "experiment=1b cluster=h100": "8 H100",
+    "experiment=100m cluster=h100 cluster.devices_per_node=1": "one H100",
+    "cluster=cpu": "one CPU thread",
+}
+MARK = "<!-- table -->\n"
+
+
+def planned(words: str) -> Estimate:
+    """The plan of ``k2train plan WORDS``."""
+    config = with_vocabulary(parse(PlanConfig, compose(PLAN, words.split())))
+    return estimate(config, parts(config))
+
+
+def table() -> Iterator[str]:
+    """Lines of Markdown: the last phase of each recipe, as those before it are recipes of their own."""
+    yield "| `k2train plan` | machine | split | tokens | memory of a device | a step | utilisation | days | GPU-hours |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for words, machine in RECIPES.items():
+        found = planned(words)
+        config = found.layout.config
+        phases = found.phases if not config.schedule.phases else found.phases[-1:]
+        seconds, last = sum(phase.seconds for phase in phases), phases[-1]
+        hours = seconds / 3600
+        yield (
+            f"| `{words}` | {machine} | ZeRO-{config.parallel.zero_stage}, ep {config.parallel.expert_parallel}, "
+            f"micro-batch {last.part.micro_batch} x {last.part.length}, {config.train.activation_checkpointing} "
+            f"| {count(sum(phase.part.tokens for phase in phases))} "
+            f"| {memory(max(phase.memory.total for phase in phases))} of {memory(last.memory.capacity)} "
+            f"| {last.time.step:.3g} s | {last.time.utilisation:.0%} | {hours / 24:.3f} "
+            f"| {count(hours * found.layout.ranks)} |"
+        )
+
+
+def main() -> None:
+    """Writes the table behind the mark of a document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", type=Path)
+    document = parser.parse_args().document
+    text, mark, _ = document.read_text().partition(MARK)
+    assert mark, f"{document} has no line {MARK}"
+    document.write_text(text + mark + "\n" + "\n".join(table()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
