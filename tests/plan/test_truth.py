@@ -6,7 +6,7 @@ from tests.distributed.plain import Layout
 from tests.plan.runs import KINDS, STATE, Result, every_layout, measure_all
 
 # Each stage, ep, precision, accumulation and recomputation once.
-QUICK = [
+FEW = [
     Layout(2, 2, 1, accumulation=2),
     Layout(2, 1, 2, "bf16", accumulation=2),
     Layout(2, 2, 3, recompute="full"),
@@ -21,9 +21,10 @@ def check(result: Result) -> None:
     assert all(error <= 0.01 for name, error in errors.items() if name in KINDS)
 
 
+@pytest.mark.full
 def test_a_few_layouts_hold_and_send_what_was_planned(tmp_path):
-    results = measure_all(QUICK, tmp_path)
-    assert [result.layout for result in results] == QUICK
+    results = measure_all(FEW, tmp_path)
+    assert [result.layout for result in results] == FEW
     for result in results:
         check(result)
         assert {"gradient reduce", "parameter gather", "Muon exchange"} <= result.measured.keys()
