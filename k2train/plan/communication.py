@@ -128,7 +128,7 @@ def _sequences(layout: Layout, step: Step) -> Iterator[Traffic]:
     once = step.tokens * model.num_attention_heads * widths * layout.weight_bytes
     again = layout.config.train.activation_checkpointing == "full"
     passes = model.num_hidden_layers * step.micro_batches * (2 + again)
-    yield Traffic("sequence all-to-all", "all_to_all", passes * once, 4 * passes, sp, 1)
+    yield Traffic("sequence all-to-all", "all_to_all", passes * once, 2 * passes, sp, 1)
 
 
 def _counts(layout: Layout) -> Traffic:

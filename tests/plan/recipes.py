@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from k2train.cli.commands import PLAN
@@ -29,6 +30,7 @@ RECIPES = {
 MARK = "<!-- table -->\n"
 
 
+@cache
 def planned(words: str) -> Estimate:
     """The plan of ``k2train plan WORDS``."""
     config = with_vocabulary(parse(PlanConfig, compose(PLAN, words.split())))
