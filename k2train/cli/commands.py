@@ -252,6 +252,7 @@ COMMANDS = {
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.
 TOOLS = {
     "data": "show what is in the data, and which text a step of a run has read",
+    "diff": "tell whether two runs are the same, or where they part",
     "report": "make a page of one run, or of several side by side, whatever their state",
     "watch": "follow a run from another terminal",
 }
