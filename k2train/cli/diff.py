@@ -20,18 +20,18 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="k2train diff",
         description=(
-            "Whether two runs are the same: bit for bit, to rounding, or from which step and tensor they part. Holds what "
-            "both have recorded in metrics.jsonl, but for times, against each other, and all tensors of the checkpoints "
-            "that both have kept. The exit status is 0 if they are the same, else 1."
+            "Whether two runs are the same: bit for bit, to rounding, or from which step and tensor they part. Holds "
+            "against each other what both have recorded in metrics.jsonl, but for times, and all tensors of the "
+            "checkpoints that both have kept. The exit status is 0 if they are the same, else 1."
         ),
     )
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="the folder of a run")
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=1e-5,
+        default=1e-4,
         metavar="X",
-        help="relative difference that is rounding (1e-5); 0: only what is equal in all bits is the same",
+        help="relative difference that is rounding (1e-4); 0: only what is equal in all bits is the same",
     )
     arguments = parser.parse_args(words)
     try:

@@ -54,6 +54,8 @@ class Difference:
 def compare_logs(first: Sequence[Record], second: Sequence[Record], *, tolerance: float) -> Difference:
     """Holds records of steps or of validations against each other, each with that of the same steps.
 
+    A name that one log has alone is left out: metrics are added over time.
+
     Args:
         first: of one run, in order.
         second: of the other.
@@ -93,10 +95,9 @@ def _span(record: Record) -> tuple[int, int | None]:
 
 def _record(one: Record, other: Record) -> Iterator[tuple[str, float, tuple[Any, Any]]]:
     """Name, relative difference and values of what is not equal in two records."""
-    for name in dict.fromkeys([*one, *other]):
-        a, b = one.get(name), other.get(name)
-        if name.split(".")[0] not in MACHINE and a != b:
-            yield name, _relative(_numbers(a), _numbers(b)), (a, b)
+    for name in one:
+        if name.split(".")[0] not in MACHINE and name in other and one[name] != other[name]:
+            yield name, _relative(_numbers(one[name]), _numbers(other[name])), (one[name], other[name])
 
 
 def _numbers(value: Any) -> list[float]:

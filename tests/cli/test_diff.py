@@ -55,7 +55,7 @@ def test_to_rounding(pair, capsys):
     out = capsys.readouterr().out
     assert "first difference: loss at step 4, 3.25 and 3.250000325" in out
     assert "largest difference: loss at step 5" in out
-    assert out.endswith("The same to rounding (1e-05).\n")
+    assert out.endswith("The same to rounding (0.0001).\n")
     assert diff(runs, "--tolerance", "0") == 1
 
 
@@ -85,6 +85,11 @@ def test_telemetry_is_compared_by_its_largest_number(pair, capsys):
     (runs[1] / "metrics.jsonl").write_text(text[1].replace("HEADS", '{"layers.0": [40.0, 1.0001]}'))
     assert diff(runs) == 0
     assert "first difference: head_max_logit at step 1 (relative 2.5e-06)" in capsys.readouterr().out
+
+
+def test_a_metric_that_one_lacks_is_no_difference(pair, capsys):
+    assert diff(pair({4: {"added": 1.0}}), "--tolerance", "0") == 0
+    assert capsys.readouterr().out.endswith("The same, bit for bit.\n")
 
 
 def test_a_tensor_that_one_lacks(pair, capsys):
