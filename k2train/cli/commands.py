@@ -138,6 +138,7 @@ PLAN = Command(
         ("cluster.nodes=4", "more nodes of it"),
         ("cluster.dollars_per_hour=2", "what a GPU costs an hour"),
         ("parallel.zero_stage=2", "how the run is split, as for train"),
+        ("phase=yarn", "one of the schedule's phases alone"),
         ("picture=plan.svg", "memory and time as a picture"),
     ),
     switches=("search", "json"),

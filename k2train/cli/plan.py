@@ -41,10 +41,12 @@ def run(config: PlanConfig) -> int:
 
 
 def parts(config: PlanConfig) -> list[Part]:
-    """The run's steps, one part for each phase and size of its batch."""
+    """The steps that are planned, one part for each phase and size of its batch."""
     plan, found = build_plan(config), []
     for stretch in plan.stretches:
         phase = plan.phases[stretch.phase]
+        if config.phase not in (None, phase.name):
+            continue
         name = phase.name if len(phase.batches) == 1 else f"{phase.name}, batch {stretch.batch:,}"
         found.append(Part(name, stretch.steps, stretch.batch, phase.micro_batch_size, phase.sequence_length))
     return found

@@ -45,6 +45,7 @@ class PlanConfig(RunConfig):
     """All that decides a plan: a run, and where it would run."""
 
     cluster: ClusterConfig = rule()
+    phase: str | None = rule()  # of schedule.phases that is planned alone; null: all
     search: bool = rule()  # try other ways of splitting the run too, and rank those that fit
     json: bool = rule()  # for programs, in the place of the page
     picture: str | None = rule()  # a file to draw memory and time into, as SVG; null: none
@@ -57,3 +58,5 @@ class PlanConfig(RunConfig):
                 f"train.device={self.train.device} but cluster.device={self.cluster.device}: "
                 "set train.device=auto, or choose another cluster"
             )
+        if self.phase is not None and self.phase not in self.schedule.parts():
+            yield f"phase={self.phase} is none of the run's: they are {', '.join(self.schedule.parts())}"

@@ -120,13 +120,15 @@ def _experts(layout: Layout, step: Step) -> Iterator[Traffic]:
 
 
 def _sequences(layout: Layout, step: Step) -> Iterator[Traffic]:
-    """Ulysses (arXiv 2309.14509, section 3.2): queries, keys and values to heads, outputs back; backward the same."""
+    """Ulysses (arXiv 2309.14509, section 3.2): queries, keys and values to heads, outputs back; backward the same,
+    after those of the forward pass once more where attention is computed again.
+    """
     sp, model = layout.sequence_parallel, layout.config.model
     if sp == 1:
         return
     widths = 2 * (model.qk_nope_head_dim + model.qk_rope_head_dim) + 2 * model.v_head_dim
     once = step.tokens * model.num_attention_heads * widths * layout.weight_bytes
-    again = layout.config.train.activation_checkpointing == "full"
+    again = layout.config.train.activation_checkpointing != "none"
     passes = model.num_hidden_layers * step.micro_batches * (2 + again)
     yield Traffic("sequence all-to-all", "all_to_all", passes * once, 2 * passes, sp, 1)
 

@@ -145,8 +145,7 @@ def estimate(config: PlanConfig, parts: Sequence[Part], *, exchange: Exchange | 
 
 def refusals(config: PlanConfig, parts: Sequence[Part]) -> Iterator[str]:
     """Why a run cannot be split as its config says, a sentence each."""
-    ranks, ep = config.cluster.devices, config.parallel.expert_parallel
-    sp = int(getattr(config.parallel, "sequence_parallel", 1))
+    ranks, ep, sp = config.cluster.devices, config.parallel.expert_parallel, config.parallel.sequence_parallel
     if ranks % ep:
         yield f"parallel.expert_parallel={ep} does not divide the {ranks} devices of the cluster"
     if ranks % sp:

@@ -96,7 +96,7 @@ class Layout:
     @property
     def sequence_parallel(self) -> int:
         """Ranks that share out each sequence."""
-        return int(getattr(self.config.parallel, "sequence_parallel", 1))
+        return self.config.parallel.sequence_parallel
 
     @property
     def on_gpu(self) -> bool:

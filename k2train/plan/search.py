@@ -8,7 +8,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from k2train.config import PlanConfig
 from k2train.plan.estimate import Estimate, Part, estimate
@@ -18,6 +17,7 @@ from k2train.units import memory as as_text
 
 STAGES = (1, 2, 3)
 CHECKPOINTING = ("none", "selective", "full")
+Rest = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Candidate:
     sequence_parallel: int
     micro_batch_size: int
     activation_checkpointing: str
+
+    @property
+    def rest(self) -> Rest:
+        """All but micro-batch and sequence parallelism."""
+        return self.zero_stage, self.expert_parallel, self.activation_checkpointing
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -65,7 +70,8 @@ class Found:
 def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
     """Tries ZeRO stages, expert and sequence parallelism, micro-batches and activation checkpointing.
 
-    Muon's exchange is bounded, not planned, so that a candidate takes a millisecond.
+    Muon's exchange is bounded, not planned, so that a candidate takes a millisecond. Not tried are micro-batches larger
+    than one that does not fit, and sequences shared out further than needed.
 
     Args:
         config: of the run, whose cluster, batch and sequence length stay as they are.
@@ -74,7 +80,12 @@ def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
     fitting, reasons, tried = [], defaultdict[str, Reason](Reason), 0
     closest: tuple[Candidate, Estimate] | None = None
     exchanges: dict[tuple[int, int], Exchange] = {}
+    enough: dict[Rest, int] = {}  # ranks that share out a sequence, with which one fits
+    too_large: set[tuple[Rest, int]] = set()
     for candidate in candidates(config, parts):
+        rest, sharing = candidate.rest, candidate.sequence_parallel
+        if enough.get(rest, sharing) < sharing or (rest, sharing) in too_large:
+            continue
         tried += 1
         own, split = configured(config, candidate), (candidate.zero_stage, candidate.expert_parallel)
         if split not in exchanges:
@@ -83,7 +94,9 @@ def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
         found = estimate(own, own_parts, exchange=exchanges[split])
         if found.fits:
             fitting.append((candidate, found))
+            enough[rest] = sharing
             continue
+        too_large.add((rest, sharing))
         reason, needed = reasons[_reason(candidate, found)], found.fullest.memory.total
         reason.ways, reason.least = reason.ways + 1, min(reason.least, needed)
         if closest is None or needed < closest[1].fullest.memory.total:
@@ -93,12 +106,11 @@ def search(config: PlanConfig, parts: Sequence[Part]) -> Found:
 
 
 def candidates(config: PlanConfig, parts: Sequence[Part]) -> Iterator[Candidate]:
-    """All that divide the devices, the experts, the heads and the batch as they must."""
+    """All that divide devices, experts, heads and batch as they must; whole sequences and small micro-batches first."""
     ranks, model = config.cluster.devices, config.model
     experts = math.gcd(ranks, model.n_routed_experts) if model.has_experts else 1
-    splits = math.gcd(ranks, model.num_attention_heads) if hasattr(config.parallel, "sequence_parallel") else 1
-    lengths = [part.length for part in parts]
-    for ep, sp in itertools.product(_divisors(experts), _divisors(math.gcd(splits, *lengths))):
+    sharing = math.gcd(ranks, model.num_attention_heads, *(part.length for part in parts))
+    for sp, ep in itertools.product(_divisors(sharing), _divisors(experts)):
         sequences = math.gcd(*(part.batch * sp for part in parts))
         if sequences % ranks:
             continue
@@ -108,10 +120,12 @@ def candidates(config: PlanConfig, parts: Sequence[Part]) -> Iterator[Candidate]
 
 def configured(config: PlanConfig, candidate: Candidate) -> PlanConfig:
     """The run, split so."""
-    split: dict[str, Any] = {"zero_stage": candidate.zero_stage, "expert_parallel": candidate.expert_parallel}
-    if candidate.sequence_parallel > 1:
-        split["sequence_parallel"] = candidate.sequence_parallel
-    parallel = dataclasses.replace(config.parallel, **split)
+    parallel = dataclasses.replace(
+        config.parallel,
+        zero_stage=candidate.zero_stage,
+        expert_parallel=candidate.expert_parallel,
+        sequence_parallel=candidate.sequence_parallel,
+    )
     train = dataclasses.replace(
         config.train,
         micro_batch_size=candidate.micro_batch_size,

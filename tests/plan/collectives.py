@@ -20,6 +20,7 @@ CALLERS = {
     ("muonclip.sharded", "_send"): "Muon exchange",
     ("k2train.model.dispatch", "start"): "expert all-to-all",
     ("k2train.model.dispatch", "__call__"): "expert all-to-all",
+    ("k2train.model.sequence", "_exchanged"): "sequence all-to-all",
     ("deepspeed.runtime.zero.stage_1_and_2", "allreduce_bucket"): "gradient reduce",
     ("deepspeed.runtime.engine", "allreduce_bucket"): "gradient reduce",
     ("deepspeed.runtime.comm.coalesced_collectives", "_torch_reduce_scatter_fn"): "gradient reduce",

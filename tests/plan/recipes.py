@@ -20,8 +20,9 @@ from k2train.units import count, memory
 # The command's words, and the machine in words.
 RECIPES = {
     "experiment=k2 cluster=h800-2048": "2048 H800",
-    "experiment=k2-annealing cluster=h800-2048": "2048 H800",
-    "experiment=k2-32k cluster=h800-2048": "2048 H800",
+    "experiment=k2-annealing cluster=h800-2048 phase=annealing": "2048 H800",
+    "experiment=k2-32k cluster=h800-2048 phase=long_context": "2048 H800",
+    "experiment=k2-128k cluster=h800-2048 phase=yarn": "2048 H800",
     "experiment=moonlight-16b cluster=h100 cluster.nodes=32": "256 H100",
     "experiment=1b cluster=h100": "8 H100",
     "experiment=100m cluster=h100 cluster.devices_per_node=1": "one H100",
@@ -38,22 +39,21 @@ def planned(words: str) -> Estimate:
 
 
 def table() -> Iterator[str]:
-    """Lines of Markdown: the last phase of each recipe, as those before it are recipes of their own."""
+    """Lines of Markdown; micro-batch, step and utilisation are the last phase's."""
     yield "| `k2train plan` | machine | split | tokens | memory of a device | a step | utilisation | days | GPU-hours |"
     yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for words, machine in RECIPES.items():
         found = planned(words)
         config = found.layout.config
-        phases = found.phases if not config.schedule.phases else found.phases[-1:]
-        seconds, last = sum(phase.seconds for phase in phases), phases[-1]
-        hours = seconds / 3600
+        last = found.phases[-1]
         yield (
-            f"| `{words}` | {machine} | ZeRO-{config.parallel.zero_stage}, ep {config.parallel.expert_parallel}, "
+            f"| `{words}` | {machine} | ZeRO-{found.layout.zero_stage}, ep {found.layout.expert_parallel}"
+            f"{f', sp {found.layout.sequence_parallel}' if found.layout.sequence_parallel > 1 else ''}, "
             f"micro-batch {last.part.micro_batch} x {last.part.length}, {config.train.activation_checkpointing} "
-            f"| {count(sum(phase.part.tokens for phase in phases))} "
-            f"| {memory(max(phase.memory.total for phase in phases))} of {memory(last.memory.capacity)} "
-            f"| {last.time.step:.3g} s | {last.time.utilisation:.0%} | {hours / 24:.3f} "
-            f"| {count(hours * found.layout.ranks)} |"
+            f"| {count(found.tokens)} "
+            f"| {memory(found.fullest.memory.total)} of {memory(last.memory.capacity)} "
+            f"| {last.time.step:.3g} s | {last.time.utilisation:.0%} | {found.seconds / 86400:.3f} "
+            f"| {count(found.device_hours)} |"
         )
 
 

@@ -33,7 +33,7 @@ from tests.distributed.plain import Layout, config_of, prepared, write_text
 from tests.plan.collectives import Counted, count_collectives
 
 STATE = ("weights", "gradients", "fp32 masters", "momenta")
-KINDS = ("gradient reduce", "parameter gather", "expert all-to-all", "Muon exchange", "counts")
+KINDS = ("gradient reduce", "parameter gather", "expert all-to-all", "sequence all-to-all", "Muon exchange", "counts")
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,17 @@ def every_layout() -> list[Layout]:
             found.append(Layout(processes, ep, stage, accumulation=accumulation))
             if accumulation == 2:
                 found.append(Layout(processes, ep, stage, "bf16", accumulation))
-    return [
-        *found,
-        Layout(2, 2, 2, recompute="full"),
-        Layout(2, 2, 1, recompute="selective"),
-        Layout(2, 1, 2, offload=True),
-    ]
+    found += [Layout(2, 2, 2, recompute="full"), Layout(2, 2, 1, recompute="selective"), Layout(2, 1, 2, offload=True)]
+    return found + [Layout(2, 2, 2, recompute=mode, sequence_parallel=2) for mode in ("none", "selective", "full")]
 
 
 def plan_config(config: RunConfig, **cluster: Any) -> PlanConfig:
     """A run's config with a cluster of CPUs."""
     values = yaml.safe_load((config_dir() / "cluster" / "cpu.yaml").read_text()) | cluster
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    found = PlanConfig(**fields, cluster=parse(ClusterConfig, values), search=False, json=False, picture=None)
+    found = PlanConfig(
+        **fields, cluster=parse(ClusterConfig, values), phase=None, search=False, json=False, picture=None
+    )
     return with_vocabulary(found)
 
 

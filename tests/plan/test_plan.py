@@ -157,3 +157,11 @@ def test_a_search_ranks_what_fits_and_says_why_the_rest_does_not():
 def test_a_search_that_finds_nothing_names_what_is_closest(capsys):
     assert main(["plan", "experiment=tiny", "cluster=cpu", "cluster.memory_bytes=5e8", "--search"]) == 1
     assert "the closest" in capsys.readouterr().out
+
+
+def test_a_phase_can_be_planned_alone(capsys):
+    words = ("experiment=k2-in-small", "cluster=cpu")
+    whole, (alone,) = planned(*words), planned(*words, "phase=yarn").phases
+    assert alone == whole.phases[-1]
+    assert main(["plan", *words, "phase=yarm"]) == 2
+    assert "phase=yarm is none of the run's" in capsys.readouterr().err
