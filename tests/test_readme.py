@@ -25,7 +25,7 @@ SMALL = {
 }
 SMALL["audit"] = SMALL["train"]
 SMALL["show"] = ["data.tokenizer.vocab_size=512"]
-SMALL |= {"inspect": [], "verify": [], "trace": []}
+SMALL |= {"inspect": [], "verify": [], "trace": [], "plan": []}
 SAID = {
     "train": "this model",
     "generate": "def main(",
@@ -34,6 +34,7 @@ SAID = {
     "inspect": "any other can read it",
     "verify": "is whole: ",
     "trace": "sample 0: source ",
+    "plan": "ways of splitting it",
 }
 # Some text of its own, and a part of the standard library: a corpus of a second.
 CORPUS = {
