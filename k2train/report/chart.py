@@ -19,6 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 18.0, 16.0, 24.0  # margins
 BUCKETS = 300  # of a curve
 MANY = 100  # values from which on a curve is drawn pale behind its running mean
 ROWS = 64  # of a heat map, at most
+LABEL = 7  # characters of a row's name for which there is room
 
 Values = Sequence[float]
 
@@ -190,7 +191,8 @@ def heat_map(title: str, unit: str, x: Values, rows: Sequence[tuple[str, Values]
             )
         )
     every = -(-reduced.shape[0] // 8)
-    chart.y_ticks = [(TOP + (r + 0.5) * height, names[row_starts[r]]) for r in range(0, reduced.shape[0], every)]
+    labelled = range(0, reduced.shape[0], every)
+    chart.y_ticks = [(TOP + (r + 0.5) * height, names[row_starts[r]][:LABEL]) for r in labelled]
     chart.x_ticks = [
         (LEFT + (c + 0.5) * width, count(float(x[column_starts[c]])))
         for c in sorted({0, reduced.shape[1] // 2, reduced.shape[1] - 1})

@@ -2,12 +2,13 @@
 
 The charts are SVG that is made here and shown without a script; fifty lines of it read values off under the pointer.
 A charting library would draw more than is needed and weigh more than the run: plotly.js is 4.8 MB a page, the page of
-a run of any length less than 0.4 MB. Text goes through Jinja's escaping, and a content security policy forbids the page
+a run of any length about 1 MB. Text goes through Jinja's escaping, and a content security policy forbids the page
 to load anything.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ from k2train import __version__
 from k2train.config import leaves
 from k2train.paths import atomic_write
 from k2train.report import chart as charts
-from k2train.report.chart import Chart, Level, Series, heat_map, line_chart
+from k2train.report import telemetry
+from k2train.report.chart import Chart, Level, Series, line_chart
 from k2train.report.records import Record, Run, number, sentence, series, warnings
 from k2train.units import count, duration, memory
 
@@ -28,11 +30,11 @@ from k2train.units import count, duration, memory
 KNOWN = {
     *("step", "steps", "tokens", "elapsed", "phase", "loss", "bits_per_byte", "lr", "grad_norm", "max_logit"),
     *("clipped_heads", "balance_max", "tokens_per_second"),
+    *telemetry.KEYS,
 }
 SAMPLES = 12  # of a run that are shown, spread evenly
 INCIDENTS = 100  # of a run that are shown, the newest
 LISTED = 24  # entries of a list in an incident
-FEW = 8  # entries up to which a mapping in records is drawn as curves, not as a heat map
 
 
 def write_page(page: Path, runs: Sequence[Run], *, x: str = "step") -> None:
@@ -160,11 +162,18 @@ def _sections(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[tuple[
         line_chart("gradient norm", "before clipping", curve("grad_norm"), log=True),
         *_each_set(runs, labels, x),
     ]
-    running = [
+    named = list(zip(labels, runs, strict=True))
+    attention = [
         line_chart("largest attention logit", "of all heads", curve("max_logit"), levels=tau),
         line_chart("heads clipped by QK-Clip", "heads", curve("clipped_heads", smooth=False), zero=True),
-        line_chart("expert balance", "largest load / mean load", curve("balance_max")),
+    ]
+    experts = [line_chart("expert balance", "largest load / mean load, of any layer", curve("balance_max"))]
+    throughput = [
         line_chart("speed", "tokens a second", curve("tokens_per_second"), zero=True),
+        line_chart("utilisation", "of the peak", _where_told(curve("utilisation", smooth=False)), zero=True),
+        line_chart(
+            "memory", "GiB of a process, at most", _where_told(curve("memory", smooth=False), 2.0**-30), zero=True
+        ),
     ]
     further = [
         line_chart(key.replace("_", " "), "", curve(key))
@@ -172,14 +181,20 @@ def _sections(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[tuple[
         if key not in KNOWN and any(number(r.get(key)) not in (0.0,) for run in runs for r in run.steps if key in r)
     ]
     arrays = [
-        made
+        telemetry.array_chart(
+            key if len(runs) == 1 else f"{key}, {label}", "", [(r, r[key]) for r in run.steps if key in r], x
+        )
         for key in _keys(runs, Mapping | list)
-        for label, run in zip(labels, runs, strict=True)
-        for made in [_array(key if len(runs) == 1 else f"{key}, {label}", key, run, x)]
+        if key not in KNOWN
+        for label, run in named
     ]
     found = {
         "learning": ("Learning", learning),
-        "running": ("Attention, experts, speed", running),
+        "attention": ("Attention", [*attention, *telemetry.telemetry_charts("attention", named, x)]),
+        "experts": ("Experts", [*experts, *telemetry.telemetry_charts("experts", named, x)]),
+        "layers": ("Layers", telemetry.telemetry_charts("layers", named, x)),
+        "throughput": ("Throughput", [*throughput, *telemetry.telemetry_charts("throughput", named, x)]),
+        "data": ("Data", telemetry.telemetry_charts("data", named, x)),
         "further": ("Further", [*further, *arrays]),
     }
     drawn = [(anchor, title, [c for c in made if c]) for anchor, (title, made) in found.items()]
@@ -188,6 +203,17 @@ def _sections(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[tuple[
 
 def _axis(records: Sequence[Record], x: str) -> list[float]:
     return [float(record.get(x, record["step"])) for record in records]
+
+
+def _where_told(curves: Sequence[Series], scale: float = 1.0) -> list[Series]:
+    """Curves of what not every record has, without the gaps."""
+    found = []
+    for curve in curves:
+        points = [(x, y * scale) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        if points:
+            x, y = zip(*points, strict=True)
+            found.append(dataclasses.replace(curve, x=x, y=y))
+    return found
 
 
 def _held_out(runs: Sequence[Run], labels: Sequence[str], key: str, x: str) -> list[Series]:
@@ -247,27 +273,6 @@ def _keys(runs: Sequence[Run], kind: Any) -> list[str]:
             if isinstance(value, kind) and not isinstance(value, bool)
         )
     )
-
-
-def _array(title: str, key: str, run: Run, x: str) -> Chart | None:
-    """What a record says of each head, expert, layer or source: curves of a few, a heat map of many."""
-    records = [record for record in run.steps if key in record]
-    entries = [dict(_entries(record[key])) for record in records]
-    names = list(dict.fromkeys(name for entry in entries for name in entry))
-    at = _axis(records, x)
-    rows = [(name, [number(entry.get(name)) for entry in entries]) for name in names]
-    if len(rows) <= FEW:
-        return line_chart(title, "", [Series(name=n, x=at, y=y, colour=i) for i, (n, y) in enumerate(rows)])
-    return heat_map(title, f"{len(rows)} rows", at, rows)
-
-
-def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
-    if pairs is None:
-        yield name, value
-        return
-    for key, item in pairs:
-        yield from _entries(item, f"{name}.{key}" if name else str(key))
 
 
 # ---- settings and samples

@@ -64,6 +64,7 @@ class Terminal(Hook):
         self._drawn_at, self._told_at = -math.inf, 0
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=RECENT + 1)  # clock, step, tokens
         self._record: Mapping[str, Any] | None = None
+        self._telemetry: Mapping[str, Any] | None = None  # the last record that has it
         self._validation: Mapping[str, Any] | None = None
         self._losses = Sparkline()
         self._warnings: deque[str] = deque(maxlen=WARNINGS)
@@ -104,7 +105,7 @@ class Terminal(Hook):
     def catch_up(self, steps: Iterable[Mapping[str, Any]], validations: Iterable[Mapping[str, Any]]) -> None:
         """Begins with what was recorded before, of which the last is shown."""
         self._recent.clear()
-        self._losses, self._record, self._validation = Sparkline(), None, None
+        self._losses, self._record, self._telemetry, self._validation = Sparkline(), None, None, None
         for record in steps:
             self._take(record, record["elapsed"])
         if self._record is not None and not self._live:
@@ -155,6 +156,8 @@ class Terminal(Hook):
 
     def _take(self, record: Mapping[str, Any], now: float) -> None:
         self._record = record
+        if "utilisation" in record:
+            self._telemetry = record
         self._recent.append((now, record["step"], record["tokens"]))
         self._losses.add(record["loss"])
 
@@ -235,6 +238,7 @@ class Terminal(Hook):
                 ("max logit", _number(record["max_logit"], ".1f")),
                 ("clipped heads", str(record["clipped_heads"])),
                 ("grad norm", _number(record["grad_norm"], ".3g")),
+                *(_telemetry_cells(self._telemetry) if self._telemetry else ()),
             ]
             bar = Table.grid(expand=True)  # as rich's bar does not end its line
             bar.add_row(ProgressBar(total=self._steps, completed=done, complete_style="cyan", finished_style="green"))
@@ -246,6 +250,15 @@ class Terminal(Hook):
             title_align="left",
             subtitle_align="right",
         )
+
+
+def _telemetry_cells(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    seconds = record["seconds"]
+    waiting = sum(seconds.get(part, 0.0) for part in ("data", "communication")) / seconds["step"]
+    yield "of peak", _number(record["utilisation"], ".1%")
+    yield "waiting", _number(waiting, ".1%")  # for data and for other processes
+    if violations := record.get("expert_max_violation"):
+        yield "violation", _number(max(violations.values()), ".2f")
 
 
 def _grid(cells: list[tuple[str, str]], *, columns: int) -> Table:

@@ -25,6 +25,29 @@ def step(number, **changes):
     return plain | changes
 
 
+def telemetry(number):
+    """Of 3 layers with 4 heads, 2 of them with 8 experts."""
+    layers, moe = [f"layers.{n}" for n in range(3)], ["layers.1", "layers.2"]
+    clip = 0.9 if number > 800 else 1.0
+    return {
+        "head_max_logit": {layer: [20 + k + number / 50 for k in range(4)] for layer in layers},
+        "head_max_logit_exact": {layer: [1] * 4 for layer in layers},
+        "head_clip": {layer: [1.0, 1.0, clip, 1.0] for layer in layers},
+        "head_scale": {layer: [1.0, 1.0, clip, 1.0] for layer in layers},
+        "layer_grad_norm": dict.fromkeys(["embed_tokens", *layers, "lm_head"], 0.1 + 1 / number),
+        "layer_update_rms": dict.fromkeys(layers, 0.2),
+        "layer_weight_rms": dict.fromkeys(layers, 0.02 + number / 100000.0),
+        "expert_load": {layer: [0.6 + k / 10 for k in range(8)] for layer in moe},
+        "expert_max_violation": dict.fromkeys(moe, 0.3),
+        "expert_dead": dict.fromkeys(moe, 0.0),
+        "expert_entropy": dict.fromkeys(moe, 0.98),
+        "source_tokens": {"code": 3 * number, "text": number},
+        "seconds": {"step": 0.5, "data": 0.01, "forward_backward": 0.35, "update": 0.1},
+        "utilisation": 0.4,
+        "memory": 2**30,
+    }
+
+
 def validation(number, **changes):
     loss = 3.1 + 1 / number
     plain = {
@@ -81,6 +104,7 @@ def long_run(folder: Path, *, steps=1000, spike_at=700, **changes):
                 skipped_steps=int(n == steps // 2),
                 heads=heads,
                 tokens_of={"code": n * 3, "text": n},
+                **(telemetry(n) if n % 10 == 0 else {}),
             )
         )
         if n % 100 == 0:

@@ -2,7 +2,7 @@ import math
 import re
 
 import pytest
-from made_runs import long_run, make_run, step, validation
+from made_runs import long_run, make_run, step, telemetry, validation
 
 from k2train.report import read_run, write_page
 from k2train.report.page import render
@@ -67,6 +67,24 @@ def test_the_axis_may_be_tokens(tmp_path):
     assert '"first": 4096.0, "last": 8192.0' in page(folder, x="tokens")
 
 
+def test_telemetry_has_charts_of_its_own(tmp_path):
+    text = page(long_run(tmp_path / "r"))
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', text, flags=re.S))
+    assert {"attention", "experts", "layers", "throughput", "data"} <= sections.keys()
+    titles = {name: re.findall(r"<figcaption><b>(.*?)</b>", section) for name, section in sections.items()}
+    assert titles["attention"][2:] == [
+        "largest logit of each layer",
+        "largest logit of each head",
+        "clip events: gamma of QK-Clip",
+        "all clips of a head together",
+    ]  # and not that all are exact
+    assert titles["throughput"] == ["speed", "utilisation", "memory", "where the time goes"]
+    assert "load of each expert" in titles["experts"]
+    assert not [title for title in titles["further"] if title in telemetry(1)]
+    assert ">1.7</text>" not in sections["attention"]  # a row is layer.head, from 0
+    assert ">2.3 at 990: 43</title>" in sections["attention"]
+
+
 def test_a_page_of_a_long_run_stays_small(tmp_path):
     write_page(tmp_path / "page.html", [read_run(long_run(tmp_path / "r", steps=5000))])
-    assert (tmp_path / "page.html").stat().st_size < 600_000
+    assert (tmp_path / "page.html").stat().st_size < 1_000_000

@@ -27,6 +27,9 @@ def record(step, **changes):
         "max_logit": 23.4,
         "clipped_heads": 2,
         "tokens_per_second": 12_345.0,
+        "utilisation": 0.412,
+        "seconds": {"step": 2.0, "data": 0.1, "communication": 0.3},
+        "expert_max_violation": {"layers.1": 0.2, "layers.2": 0.3},
     }
     return plain | changes
 
@@ -186,6 +189,8 @@ def test_the_panel_shows_everything_within_eighty_columns(on_a_terminal):
     ):
         assert text in panel
     for text in ("tokens", "164k", "81.9k", "8.00e-03", "max logit", "23.4", "clipped heads", "grad norm", "0.41"):
+        assert text in panel
+    for text in ("of peak", "41.2%", "waiting", "20.0%", "violation", "0.30"):
         assert text in panel
     assert re.search(r"│ loss ▁+ +│", panel)
     assert "│ step 21: the loss is not finite, so nothing was updated " in panel
