@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from k2train.plan.exchange import Exchange
-from k2train.plan.layout import REUSE_DISTANCE, Flat, Layout, Step
+from k2train.plan.layout import REDUCE_BUCKET, REUSE_DISTANCE, Flat, Layout, Step
 
 KINDS = ("gradient reduce", "parameter gather", "expert all-to-all", "sequence all-to-all", "Muon exchange", "counts")
 
@@ -67,7 +67,7 @@ def _reductions(layout: Layout, step: Step) -> Iterator[Traffic]:
         times = 1 if layout.zero_stage == 1 else step.micro_batches
         size = sum(flat.padded if layout.zero_stage == 3 else flat.elements for flat in flats)
         operation = "reduce_scatter" if layout.zero_stage == 3 else "all_reduce"
-        calls = times * max(1, len(flats[0].parameters) // 4)
+        calls = times * -(-size // REDUCE_BUCKET)
         yield Traffic("gradient reduce", operation, times * size * layout.weight_bytes, calls, ranks, stride)
 
 
@@ -138,5 +138,5 @@ def _counts(layout: Layout) -> Traffic:
     model = layout.config.model
     loads = 8 * (model.num_hidden_layers - model.first_k_dense_replace) * model.n_routed_experts
     return Traffic(
-        "counts", "all_reduce", loads + 4 * model.num_hidden_layers * model.num_attention_heads, 16, layout.ranks, 1
+        "counts", "all_reduce", loads + 4 * model.num_hidden_layers * model.num_attention_heads, 2, layout.ranks, 1
     )

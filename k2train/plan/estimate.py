@@ -75,6 +75,13 @@ class Estimate:
         return sum(phase.part.tokens for phase in self.phases)
 
     @property
+    def data_bytes(self) -> int:
+        """Of shards with a token for each that is trained on: two bytes each, or four (docs/data-format.md)."""
+        size = self.layout.config.model.vocab_size
+        assert size is not None
+        return self.tokens * (2 if size <= 2**16 else 4)
+
+    @property
     def flops(self) -> float:
         """Of the run, of the model alone."""
         return sum(phase.part.tokens * phase.work.training for phase in self.phases)

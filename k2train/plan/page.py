@@ -22,7 +22,8 @@ def page(found: Estimate) -> list[str]:
     cluster, fullest = config.cluster, found.fullest
     ep, sp = layout.expert_parallel, layout.sequence_parallel
     lines = [
-        f"{config.name}: {found.parameters:,} parameters, {count(found.active)} used for a token",
+        f"{config.name}: {found.parameters:,} parameters, {count(found.active)} used for a token, "
+        f"{count(fullest.work.training)}FLOPs to train on one",
         f"{layout.ranks:,} devices ({cluster.nodes} x {cluster.devices_per_node}), "
         f"{'bf16' if layout.bf16 else 'fp32'}, ZeRO-{layout.zero_stage}, experts over {ep}, sequences over {sp}, "
         f"activation checkpointing {config.train.activation_checkpointing}",
@@ -42,6 +43,7 @@ def page(found: Estimate) -> list[str]:
         f"In all: {count(found.tokens)} tokens, {found.flops:.3g} FLOPs, {found.seconds / DAY:,.3g} days, "
         f"{count(found.device_hours)} device-hours, {_money(found.dollars)}; "
         f"utilisation {found.utilisation:.1%} of {count(found.phases[0].time.peak)}FLOP/s a device",
+        f"Data: as many tokens if none is to be seen twice, {memory(found.data_bytes)} of shards",
     ]
     if not found.fits:
         lines += ["", f"It does not fit: {headroom(found)} a device. --search tries other ways of splitting it."]
@@ -119,6 +121,7 @@ def as_json(found: Estimate, searched: Found | None) -> dict[str, Any]:
         "active_parameters": found.active,
         "devices": found.layout.ranks,
         "tokens": found.tokens,
+        "data_bytes": found.data_bytes,
         "flops": found.flops,
         "seconds": found.seconds,
         "device_hours": found.device_hours,
