@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir(override: str | None) -> Path:
@@ -82,8 +84,13 @@ class RunPaths:
 
     @property
     def incidents(self) -> Path:
-        """Folder of a folder for each step that was out of the ordinary, by its number."""
+        """Folder of a folder for each step that was out of the ordinary; see ``incident_name``."""
         return self.root / "incidents"
+
+    @property
+    def rewinds(self) -> Path:
+        """The times that the run has gone back to a checkpoint, and the samples that it has left out since."""
+        return self.root / "rewinds.json"
 
     @property
     def profile(self) -> Path:
@@ -94,6 +101,12 @@ class RunPaths:
     def summary(self) -> Path:
         """The result; it exists once the run is finished."""
         return self.root / "summary.json"
+
+
+def incident_name(record: Mapping[str, Any]) -> str:
+    """The folder of an incident in ``RunPaths.incidents``: a step that a run went back from may be taken again."""
+    number = record["incident"].get("rewind")
+    return f"{record['step']}-rewind-{number}" if number else str(record["step"])
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

@@ -16,7 +16,7 @@ from k2train.checkpoint.find import (
 )
 from k2train.checkpoint.intervals import DeferredInterval, Interval, IntervalReader
 from k2train.checkpoint.manifest import CheckpointError, Manifest
-from k2train.checkpoint.publish import SaveError, mark_best, prune, save_checkpoint
+from k2train.checkpoint.publish import SaveError, forget, mark_best, prune, save_checkpoint
 from k2train.checkpoint.safetensors_file import Deferred, SafetensorsFile, write_safetensors
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "choose_checkpoint",
     "find_checkpoint",
     "folder_of",
+    "forget",
     "mark_best",
     "newest_checkpoint",
     "open_checkpoint",

@@ -96,10 +96,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(explain_oserror(error)) from error
 
 
-def newest_checkpoint(directory: Path, *, world: World, say: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(
+    directory: Path, *, world: World, say: Callable[[str], None], until: int | None = None
+) -> Checkpoint | None:
     """The newest checkpoint that is whole; called by all ranks together.
 
     Each rank hashes its share of the files. A damaged checkpoint is passed over, and ``say`` is told why.
+
+    Args:
+        directory: the run's checkpoints.
+        world: the run's processes.
+        say: tells the person a sentence.
+        until: steps that it has at most; None: any number.
 
     Returns:
         None if there are no checkpoints.
@@ -108,12 +116,14 @@ def newest_checkpoint(directory: Path, *, world: World, say: Callable[[str], Non
         CheckpointError: there are some, but none is whole.
     """
     there, latest = gather_json([steps(directory), read_name(directory / LATEST)])[0]  # one list for all ranks
+    if until is not None:
+        there = [step for step in there if step <= until]
     for step in there:
         checkpoint, fault = _judge(folder_of(directory, step), world)
         if checkpoint is None:
             say(f"passing over {folder_of(directory, step)}: {fault}")
             continue
-        if latest != checkpoint.folder.name:
+        if until is None and latest != checkpoint.folder.name:
             named = "is missing" if latest is None else f"names {latest}"
             say(f"{directory / LATEST} {named}: going by the folders, {checkpoint.folder.name} is the newest whole one")
         return checkpoint

@@ -120,6 +120,22 @@ def prune(directory: Path, *, keep: int, every: int | None = None, since: float 
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def forget(directory: Path, forgotten: Sequence[int], *, latest: int) -> None:
+    """Deletes checkpoints that the run has gone back behind; called by one rank.
+
+    Args:
+        directory: the run's checkpoints.
+        forgotten: their steps.
+        latest: the step of the one that is now the newest.
+    """
+    atomic_write(directory / LATEST, folder_of(directory, latest).name + "\n")
+    for step in forgotten:
+        folder = folder_of(directory, step)
+        if read_name(directory / BEST) == folder.name:
+            (directory / BEST).unlink()
+        shutil.rmtree(folder)
+
+
 def _publish(partial: Path, folder: Path) -> None:
     replaced = folder.with_name(folder.name + ".replaced")
     if folder.exists():  # the same step once more

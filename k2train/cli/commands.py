@@ -254,6 +254,8 @@ COMMANDS = {
 TOOLS = {
     "data": "show what is in the data, and which text a step of a run has read",
     "diff": "tell whether two runs are the same, or where they part",
+    "incidents": "list the steps of a run that were out of the ordinary",
+    "explain": "show what a step of a run was like, by taking it again from a checkpoint",
     "report": "make a page of one run, or of several side by side, whatever their state",
     "watch": "follow a run from another terminal",
 }

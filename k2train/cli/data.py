@@ -39,6 +39,7 @@ def _trace(arguments: argparse.Namespace) -> None:
     from k2train.data.trace import describe_trace
     from k2train.generate import printable
     from k2train.train.phases import build_plan
+    from k2train.train.rewind import read_rewinds
 
     paths = RunPaths(arguments.run)
     if not paths.config.is_file():
@@ -56,7 +57,8 @@ def _trace(arguments: argparse.Namespace) -> None:
         numbers = [n for part in step.micro_batches(rank=arguments.rank, processes=processes) for n in part]
     manifest = prepare(config.data, cache=cache_dir(config.data.cache_dir), progress=lambda *_: None)
     dataset = open_dataset(manifest)
-    stream = build_stream(dataset, config.data, plan.data_phases(), seed=config.seed, boundaries=False)
+    rewound = [rewind.left_out for rewind in read_rewinds(paths.rewinds)]
+    stream = build_stream(dataset, config.data, plan.data_phases(), seed=config.seed, boundaries=False, rewound=rewound)
     for number in numbers:
         for heading, text in describe_trace(stream.trace(number), dataset.tokenizer):
             print(heading if not text else f"--- {heading}\n{printable(text)}")

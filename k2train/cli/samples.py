@@ -25,8 +25,12 @@ class Samples(Hook):
     def start(self, trainer: Trainer) -> None:
         """Drops what an earlier start wrote of steps that come again."""
         self._trainer = trainer
-        if trainer.world.main and self._every:
-            keep_records(self._path, until=trainer.progress.step)
+        self.rewound(trainer.progress.step)
+
+    def rewound(self, step: int) -> None:
+        """Drops what was written of steps that come again."""
+        if self._trainer.world.main and self._every:
+            keep_records(self._path, until=step)
 
     def after_step(self, step: Step, *, applied: bool) -> None:
         """Writes one, all ranks together, as experts may live on any."""

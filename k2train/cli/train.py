@@ -130,6 +130,8 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     beat("starting DeepSpeed")
     import_deepspeed(config.train.device)
     from k2train.cli.samples import Samples
+    from k2train.report import read_run, write_page
+    from k2train.train.errors import TooManyRewinds
     from k2train.train.incidents import Incidents
     from k2train.train.metrics import MetricsFile
     from k2train.train.profile import Profiler
@@ -150,7 +152,13 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
         hooks += [MetricsFile(paths.metrics, say=terminal.say), Incidents(paths.incidents, say=terminal.say), tracker]
     trainer = Trainer(config, manifest, world=world, paths=paths, say=terminal.say, hooks=hooks)
     with terminal, signals.deferred():
-        result = trainer.train(received=lambda: signals.received)
+        try:
+            result = trainer.train(received=lambda: signals.received)
+        except TooManyRewinds:
+            if world.main:
+                write_page(paths.report, [read_run(paths.root)])
+                terminal.say(f"the report: {paths.report}")
+            raise
     _report(trainer, result, streams)
     close_world()
 

@@ -27,10 +27,14 @@ FAULTS = (
 class MonitorConfig:
     """What is out of the ordinary in a step, and what becomes of it."""
 
-    action: str = rule(one_of=("log", "skip"))  # of a step whose numbers are finite; one with others is never applied
+    # of a step whose numbers are finite; one with others is never applied
+    action: str = rule(one_of=("log", "skip", "rewind"))
+    rewinds: int = rule(at_least=1)  # of a run, at most
+    rewind_window: int = rule(at_least=1)  # steps whose samples are left out, the last of them out of the ordinary
     window: int = rule(at_least=24)  # steps that the next is held against
     loss_deviations: float = rule(above=0)  # robust standard deviations from what was to be expected
     grad_norm_deviations: float = rule(above=0)  # of its logarithm
+    document_deviations: float = rule(above=0)  # of the largest loss of a document
 
 
 @dataclass(frozen=True, kw_only=True)

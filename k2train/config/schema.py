@@ -329,6 +329,8 @@ class RunConfig:
                         f"schedule.phases.{name}.{key} names {', '.join(given)}, but data.sources are "
                         f"{', '.join(self.data.sources)}: give a weight to each source"
                     )
+        if self.monitor.action == "rewind" and not self.checkpoint.every:
+            yield "monitor.action=rewind goes back to checkpoints: set checkpoint.every, or monitor.action=skip"
         yield from self._check_length(self.train.sequence_length, key="train.sequence_length")
 
     def _check_length(self, length: int, *, key: str) -> Iterator[str]:

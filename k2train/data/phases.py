@@ -113,6 +113,17 @@ def _shares(weights: Sequence[float]) -> Shares:
     return tuple(weight / total for weight in weights)
 
 
+def joined(pairs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Pairs of a first and a last sample in rising order, those that overlap made one."""
+    found: list[list[int]] = []
+    for first, last in sorted(map(tuple, pairs)):
+        if found and first <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], last)
+        else:
+            found.append([first, last])
+    return found
+
+
 class Skips:
     """Samples that a run leaves out, as [first, last] pairs: written down with the run, never an edit of its past.
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from k2train.config import DataConfig, DropConfig
 from k2train.data.dataset import IGNORED, Dataset, Span, TokenStream, context_starts
 from k2train.data.drops import Drops
-from k2train.data.phases import DataPhase
+from k2train.data.phases import DataPhase, joined
 from k2train.data.reader import Batch, OpenShard, read_ahead
 from k2train.data.samples import Place, Samples
 from k2train.data.state import check_state, make_state
@@ -206,7 +206,13 @@ class TrainStream:
 
 
 def build_stream(
-    dataset: Dataset, config: DataConfig, phases: Sequence[DataPhase], *, seed: int, boundaries: bool
+    dataset: Dataset,
+    config: DataConfig,
+    phases: Sequence[DataPhase],
+    *,
+    seed: int,
+    boundaries: bool,
+    rewound: Sequence[Sequence[int]] = (),
 ) -> TrainStream:
     """The stream of a run: phases without weights of their own have those of the config.
 
@@ -216,6 +222,7 @@ def build_stream(
         phases: of the run.
         seed: of the run.
         boundaries: whether batches tell where documents begin.
+        rewound: pairs of the first and the last sample that the run itself has left out, beside those of the config.
     """
     return TrainStream(
         dataset,
@@ -224,7 +231,7 @@ def build_stream(
         packing=config.order.packing,
         group_shards=config.order.group_shards,
         max_epochs=config.max_epochs,
-        skips=config.order.skips,
+        skips=joined([*config.order.skips, *rewound]) if rewound else config.order.skips,
         drops=config.order.drops,
         boundaries=boundaries,
     )

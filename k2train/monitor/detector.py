@@ -34,6 +34,7 @@ class Rule:
     floor: float  # of a standard deviation, in the unit of the signal
     window: int  # values
     falls: bool = False  # whether a fall is flagged as a rise is
+    least: float = 0.0  # and only if it is this far from what was expected, in the unit of the signal
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Finding:
     deviations: float  # from there, negative for a fall; infinite where the value is not finite
 
 
-def observe(series: Series, value: float, rule: Rule, *, signal: str) -> tuple[Finding | None, Series]:
-    """What there is to say of the next value, and the history with it.
+def observe(series: Series, value: float, rule: Rule, *, signal: str) -> tuple[Finding | None, bool, Series]:
+    """How far the next value is out of the ordinary, whether it is flagged, and the history with it.
+
+    Of the first ``LEAST`` values nothing is said.
 
     Args:
         series: before it.
@@ -72,15 +75,15 @@ def observe(series: Series, value: float, rule: Rule, *, signal: str) -> tuple[F
         rule: of the signal.
         signal: its name, for the finding.
     """
-    finding = None
+    finding, flags = None, False
     if len(series.values) >= LEAST:
-        expected, deviations = surprise(series.values, value, floor=rule.floor)
-        if deviations > rule.deviations or (rule.falls and deviations < -rule.deviations):
-            finding = Finding(signal, value, expected, deviations)
-    if finding is None:
-        return None, Series((*series.values, value)[-rule.window :])
+        finding = Finding(signal, value, *surprise(series.values, value, floor=rule.floor))
+        far = abs(finding.deviations) > rule.deviations and abs(value - finding.expected) > rule.least
+        flags = far and (finding.deviations > 0 or rule.falls)
+    if not flags:
+        return finding, False, Series((*series.values, value)[-rule.window :])
     flagged = (*series.flagged, value)
-    return finding, Series(flagged) if len(flagged) == PATIENCE else Series(series.values, flagged)
+    return finding, True, Series(flagged) if len(flagged) == PATIENCE else Series(series.values, flagged)
 
 
 def surprise(values: Sequence[float], value: float, *, floor: float) -> tuple[float, float]:

@@ -79,10 +79,31 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
 
 
-def _incidents(run: Run) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(name, sentence, contents)."""
+def _incidents(run: Run) -> list[tuple[str, str, list[Chart], Mapping[str, Any]]]:
+    """(name, sentence, charts, other contents)."""
     newest = list(run.incidents.items())[-INCIDENTS:]
-    return [(name, sentence(files.get("incident", {})), files) for name, files in newest]
+    return [
+        (
+            name,
+            sentence(files.get("incident", {})),
+            list(_course(files)),
+            {file: content for file, content in files.items() if file != "curves"},
+        )
+        for name, files in newest
+    ]
+
+
+def _course(files: Mapping[str, Any]) -> Iterator[Chart]:
+    """What the step of an incident was held against, and where it was out of the ordinary its own value."""
+    findings = files.get("incident", {}).get("incident", {}).get("findings", [])
+    own = {finding["signal"]: finding["value"] for finding in findings}
+    for signal, values in files.get("curves", {}).items():
+        y = [number(value) for value in (*values, *([own[signal]] if signal in own else []))]
+        chart = line_chart(
+            signal.replace("_", " "), "at the steps before", [Series(name=signal, x=range(1 - len(y), 1), y=y)]
+        )
+        if chart:
+            yield chart
 
 
 # ---- the table

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.lock import is_held
-from k2train.paths import RunPaths
+from k2train.paths import RunPaths, incident_name
 from k2train.status import OK
 
 Record = Mapping[str, Any]
@@ -79,13 +79,13 @@ def read_run(folder: Path) -> Run:
     last = samples[-1]["step"] if samples else 0
     if paths.sample.is_file() and steps and last < steps[-1]["step"]:
         samples.append({"step": steps[-1]["step"], "text": paths.sample.read_text(encoding="utf-8", errors="replace")})
-    incidents: dict[str, dict[str, Any]] = {str(record["step"]): {"incident": record} for record in strange}
+    incidents: dict[str, dict[str, Any]] = {incident_name(record): {"incident": record} for record in strange}
     for path in sorted(paths.incidents.glob("*/*.json")):
         content = _object(path)
         damaged += content is None
         if content is not None:
             incidents.setdefault(path.parent.name, {})[path.stem] = content
-    incidents = dict(sorted(incidents.items(), key=lambda item: (len(item[0]), item[0])))
+    incidents = dict(sorted(incidents.items(), key=lambda item: (len(item[0].partition("-")[0]), item[0])))
     summary = _object(paths.summary) if paths.summary.is_file() else None
     if summary and steps and number(summary.get("steps")) < steps[-1]["step"]:
         summary = None  # of the run before it was made longer
@@ -172,11 +172,19 @@ def in_order(records: Sequence[Record]) -> tuple[list[Record], list[Record], lis
     """The records of steps, of validations and of incidents, each in order of steps.
 
     A run that was resumed repeats steps: what it writes of a step replaces what was there of that and of later ones.
+    So it is with one that has gone back to a checkpoint, but for the record that says so.
     """
     steps: list[Record] = []
     validations: list[Record] = []
     incidents: list[Record] = []
+    rewinds: list[Record] = []
     for record in records:
+        if (to := rewound_to(record)) is not None:
+            for kept in (steps, validations, incidents):
+                while kept and kept[-1]["step"] > to:
+                    kept.pop()
+            rewinds.append(record)
+            continue
         # An incident comes before the record of its step, and a validation after it.
         into, replaced = steps, [steps, validations]
         if is_incident(record):
@@ -187,7 +195,13 @@ def in_order(records: Sequence[Record]) -> tuple[list[Record], list[Record], lis
             while kept and kept[-1]["step"] >= record["step"]:
                 kept.pop()
         into.append(record)
-    return steps, validations, incidents
+    return steps, validations, sorted([*incidents, *rewinds], key=lambda record: int(record["step"]))
+
+
+def rewound_to(record: Record) -> int | None:
+    """The step of the checkpoint that the run went back to here; None if it did not."""
+    found = record.get("incident")
+    return found.get("to") if isinstance(found, dict) and found.get("action") == "rewound" else None
 
 
 def is_validation(record: Record) -> bool:

@@ -51,6 +51,11 @@ class Feed:
         part = self._sequence_parallel.part(step.phase.sequence_length)
         return [(tokens_BT[:, part], labels_BT[:, part], starts_BT) for tokens_BT, labels_BT, starts_BT in batches]
 
+    def follow(self, stream: TrainStream) -> None:
+        """Reads from another stream from now on."""
+        self.close()
+        self._stream = stream
+
     def close(self) -> None:
         """Ends the thread."""
         if self._steps is not None:
@@ -59,7 +64,8 @@ class Feed:
 
     def _read_from(self, step: Step) -> Generator[list[Batch]]:
         steps = map(self._plan.step, range(step.number, self._plan.steps))
-        return self._stream.steps(map(self._parts, steps), pin=self._world.device.type == "cuda")
+        return self._stream.steps(map(self.parts, steps), pin=self._world.device.type == "cuda")
 
-    def _parts(self, step: Step) -> list[range]:
+    def parts(self, step: Step) -> list[range]:
+        """The samples of each micro-batch of this rank."""
         return step.micro_batches(rank=self._world.rank // self._sharing, processes=self._world.size // self._sharing)

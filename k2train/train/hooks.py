@@ -39,6 +39,9 @@ class Hook:
     def incident(self, record: Mapping[str, Any]) -> None:
         """A step was out of the ordinary, as in metrics.jsonl; after its ``after_step``. See docs/monitor.md."""
 
+    def rewound(self, step: int) -> None:
+        """The run has gone back to so many steps, and the state of hooks with it; those after them are taken anew."""
+
     def warning(self, record: Mapping[str, Any]) -> None:
         """Something goes wrong slowly, as in metrics.jsonl; after the ``log`` of the record that shows it."""
 

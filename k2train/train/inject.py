@@ -1,7 +1,8 @@
 """Faults on purpose (``inject.faults``), to test what watches a run; never part of one that is meant.
 
 They reach the model through hooks that are there for one step, so that the step itself knows nothing of them. What is
-random follows from the seed and the number of a sample, whatever the number of processes.
+random follows from the seed and the number of a sample, whatever the number of processes. A fault belongs to the
+samples of its step, as a bad text does: a run that has gone back and leaves them out does not meet it again.
 """
 
 from __future__ import annotations
@@ -25,24 +26,32 @@ class Injector:
     """Spoils steps."""
 
     def __init__(
-        self, faults: Mapping[str, str], model: nn.Module, *, vocab_size: int, seed: int, world: World
+        self,
+        faults: Mapping[int, str],
+        model: nn.Module,
+        *,
+        stream_number: Callable[[int], int],
+        vocab_size: int,
+        seed: int,
+        world: World,
     ) -> None:
         """Touches nothing yet.
 
         Args:
-            faults: by step, from 1.
+            faults: by the sample of the stream that is the first of its step.
             model: that is trained.
+            stream_number: of a sample that is delivered.
             vocab_size: tokens that there are.
             seed: of what is random.
             world: the run's processes.
         """
-        self._faults = {int(step): fault for step, fault in faults.items()}
+        self._faults, self._stream_number = faults, stream_number
         self._model, self._vocab_size, self._seed, self._world = model, vocab_size, seed, world
 
     @contextmanager
     def during(self, step: Step) -> Iterator[Step]:
         """The step as it is to be taken while this is open."""
-        fault = self._faults.get(step.number + 1, "")
+        fault = self._faults.get(self._stream_number(step.first_sample), "")
         if fault.startswith("lr_x"):
             step = dataclasses.replace(step, lr_ratio=step.lr_ratio * float(fault.removeprefix("lr_x")))
         with ExitStack() as stack:

@@ -50,6 +50,10 @@ def run_loop(trainer: Trainer, hooks: Sequence[Hook], *, received: Callable[[], 
             if trainer.incident is not None:
                 for hook in hooks:
                     hook.incident(trainer.incident)
+            if trainer.go_back():
+                for hook in hooks:
+                    hook.rewound(progress.step)
+                continue
             last = progress.step == plan.steps
             if last or _due(progress.step, config.track.log_every):
                 record = trainer.record()

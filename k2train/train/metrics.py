@@ -96,6 +96,7 @@ class Meter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
         self.totals = {name: float(value) for name, value in state.items()}
+        self._sums, self._largest = self._empty()
 
     def _empty(self) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self._device)
@@ -118,8 +119,12 @@ class MetricsFile(Hook):
         self.open(resume_at=trainer.progress.step)
 
     def open(self, *, resume_at: int) -> None:
-        """Opens the file, keeping the records of steps up to ``resume_at``."""
-        self._lines = Lines(self._path, keep=lambda record: record["step"] <= resume_at, say=self._say)
+        """Opens the file, keeping the records of steps up to ``resume_at``, and of each time that the run went back."""
+
+        def keep(record: Mapping[str, Any]) -> bool:
+            return int(record["step"]) <= resume_at or is_rewind(record)
+
+        self._lines = Lines(self._path, keep=keep, say=self._say)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record."""
@@ -146,6 +151,11 @@ class MetricsFile(Hook):
         """Closes the file."""
         if self._lines is not None:
             self._lines.close()
+
+
+def is_rewind(record: Mapping[str, Any]) -> bool:
+    """Whether it says that the run has gone back, which stays true of a run that goes back further."""
+    return bool(record.get("incident", {}).get("action") == "rewound")
 
 
 def keep_records(path: Path, *, until: int) -> None:

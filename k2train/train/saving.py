@@ -19,11 +19,15 @@ import k2train
 from k2train.checkpoint import (
     Background,
     Checkpoint,
+    CheckpointError,
     HostCopy,
+    SaveError,
     find_checkpoint,
     folder_of,
+    forget,
     mark_best,
     newest_checkpoint,
+    open_checkpoint,
     prune,
     save_checkpoint,
     steps,
@@ -33,6 +37,7 @@ from k2train.config import RESUME, RunConfig, changed_settings, refuse_changes, 
 from k2train.data import DataError
 from k2train.train.errors import RunError
 from k2train.train.randomness import seed_generators
+from k2train.train.rewind import Rewind
 from k2train.train.state import RunState
 
 
@@ -138,6 +143,39 @@ class Saver:
         """Names the best checkpoint, if it is there: a kill may have come between its publication and its mark."""
         if self.world.main and folder_of(self.folder, step).exists():
             mark_best(self.folder, step)
+
+    # ---- going back
+
+    def newest(self, *, until: int) -> Checkpoint | None:
+        """The newest whole checkpoint of at most ``until`` steps, the one in flight included; None if there is none."""
+        try:
+            self.wait()
+        except SaveError as error:
+            self.say(str(error))
+        return newest_checkpoint(self.folder, world=self.world, say=self.say, until=until)
+
+    def forget(self, rewind: Rewind, *, rewinds: int) -> None:
+        """Deletes the checkpoints that the run has gone back behind.
+
+        Args:
+            rewind: the last one.
+            rewinds: how many there have been; checkpoints that know of them all stay.
+        """
+        with together():
+            if self.world.main:
+                newer = [step for step in steps(self.folder) if step > rewind.to]
+                forgotten = [step for step in newer if self._ignores(step, rewinds)]
+                if forgotten:
+                    forget(self.folder, forgotten, latest=rewind.to)
+                    self.say(f"the checkpoints of the steps {', '.join(map(str, sorted(forgotten)))} are deleted")
+
+    def _ignores(self, step: int, rewinds: int) -> bool:
+        """Whether a checkpoint is from before the last of so many rewinds; a damaged one is left to ``resume``."""
+        try:
+            manifest = open_checkpoint(folder_of(self.folder, step)).manifest
+        except CheckpointError:
+            return False
+        return int(manifest.state["progress"].get("rewinds", 0)) < rewinds
 
     # ---- going on
 

@@ -34,6 +34,7 @@ class Progress:
     elapsed: float = 0.0  # seconds in the training loop, all starts together
     max_logit: float = float("-inf")  # the largest attention logit of any step
     clipped_steps: int = 0  # steps in which QK-Clip acted on some head
+    rewinds: int = 0  # how often the run has gone back to a checkpoint
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from k2train.comm import World, sum_across
 from k2train.data.reader import Batch
 from k2train.model import SequenceParallel, Transformer, update_bias
 from k2train.monitor import Decision, Finding, Monitor
+from k2train.train.documents import DocumentLosses
 from k2train.train.metrics import Meter
 from k2train.train.phases import Step
 from k2train.train.stopwatch import Stopwatch
@@ -46,6 +47,7 @@ class Stepper:
         clip: QKClip,
         *,
         batches: Callable[[Step], Sequence[Batch]],
+        document_mask: bool,
         meter: Meter,
         monitor: Monitor,
         telemetry: Telemetry,
@@ -60,8 +62,8 @@ class Stepper:
             model: what is trained.
             optimizer: its parameter groups have ``peak_lr``.
             clip: gathers the largest logits, also where nothing is clipped.
-            batches: gives this rank's micro-batches of a step: tokens, labels, and where documents begin if that
-                matters.
+            batches: gives this rank's micro-batches of a step: tokens, labels, and where documents begin.
+            document_mask: whether attention stays inside a document.
             meter: is told what happened.
             monitor: may refuse an update.
             telemetry: is shown what is forgotten at the end of a step.
@@ -73,10 +75,12 @@ class Stepper:
         self.engine, self.model, self.optimizer, self.clip = engine, model, optimizer, clip
         self._batches, self._meter, self._monitor, self._world = batches, meter, monitor, world
         self._telemetry, self._clock = telemetry, clock
+        self.documents, self._document_mask = DocumentLosses(world), document_mask
         self._decision: Decision | None = None  # of the monitor, on the step under way
         self._rate = model.config.router_bias_rate
         self._attention = [layer for _, layer in model.attention_layers()]
         self._gates = [moe.gate for _, moe in model.moe_layers()]
+        self.loads_LE: Tensor | None = None  # tokens that each expert got in the last step, on all ranks
         self._shape: tuple[int, int, int] | None = None  # of the last step: phase, samples, sequences of a micro-batch
 
     def take(self, step: Step, *, before_update: Callable[[], None]) -> Decision:
@@ -90,13 +94,14 @@ class Stepper:
         self._prepare(step)
         with self._clock.part("data"):
             batches = self._batches(step)
+        self.documents.begin(expected=self._monitor.expected_loss)
         with self._clock.part("forward_backward"):
             nats, targets, balance, healthy = self._gradients(batches, step.number)
         before_update()
         beat(f"step {step.number + 1}: update")
         self.clip.gather()
         self._decision = None
-        refuses = partial(self._refuses, step, nats, targets)
+        refuses = partial(self._refuses, step, nats, targets, self.documents.worst())
         with deciding(self.engine.optimizer, refuses), self._clock.part("update"):
             self.engine.step()
         applied = bool(self.engine.was_step_applied())  # the host knows: DeepSpeed has waited for its own check
@@ -160,15 +165,19 @@ class Stepper:
         for number, (tokens_BT, labels_BT, starts_BT) in enumerate(batches):
             beat(f"step {index + 1}: forward and backward")
             # Pinned where there is a GPU, so that the copies do not wait for what is computed before them.
-            starts = None if starts_BT is None else starts_BT.to(device, non_blocking=True)
-            tokens, labels = (each.to(device, non_blocking=True) for each in (tokens_BT, labels_BT))
-            loss_BT, part = self.engine(tokens, labels, starts, self._sequence_parallel)
+            assert starts_BT is not None, "documents have losses of their own"
+            tokens, labels, starts = (each.to(device, non_blocking=True) for each in (tokens_BT, labels_BT, starts_BT))
+            loss_BT, part = self.engine(
+                tokens, labels, starts if self._document_mask else None, self._sequence_parallel
+            )
             loss = loss_BT.sum() * weight + part / len(batches)
             largest = torch.cat([layer.max_logits for layer in self._attention]).amax()
             healthy &= torch.isfinite(loss.detach()) & (largest < math.inf)  # false for a NaN too
             # Gradients may be finite where the loss is not. DeepSpeed looks at gradients: so they are made to tell.
             self.engine.backward(loss * torch.where(healthy, 1.0, math.nan), scale_wrt_gas=False)
             nats += loss_BT.detach().sum(dtype=torch.float64)
+            first = 0 if self._sequence_parallel is None else self._sequence_parallel.part(starts.shape[1]).start
+            self.documents.add(loss_BT.detach(), labels, starts, first=first)
             balance += part.detach() / (len(batches) * world.size)
             if number + 1 < len(batches):
                 self.engine.step()  # DeepSpeed counts micro-batches by it; the update comes with the last one
@@ -183,6 +192,7 @@ class Stepper:
             return None
         loads_LE = torch.stack([gate.loads for gate in self._gates])
         dist.all_reduce(loads_LE)
+        self.loads_LE = loads_LE
         for gate, loads_E in zip(self._gates, loads_LE, strict=True):
             if applied:
                 bias = gate.e_score_correction_bias
@@ -197,19 +207,21 @@ class Stepper:
         wide_LE = loads_LE.double()
         return (wide_LE.amax(1) / wide_LE.mean(1)).max()
 
-    def _refuses(self, step: Step, nats: Tensor, targets: Tensor, norm: float | Tensor) -> bool:
+    def _refuses(self, step: Step, nats: Tensor, targets: Tensor, worst: Tensor, norm: float | Tensor) -> bool:
         """Whether the update must not happen; called by all ranks, which decide from the same bits.
 
         This is where the host waits for the device, once: the loss comes with the norm.
         """
         world = self._world
-        nats_all, targets_all, norm_all = sum_across([nats, targets, torch.as_tensor(norm)], device=world.device)
-        grad_norm = norm_all / world.size
+        nats_all, targets_all, *same = sum_across([nats, targets, torch.as_tensor(norm), worst], device=world.device)
+        grad_norm, document = (each / world.size for each in same)
         if not math.isfinite(grad_norm) or grad_norm < 0:  # of which DeepSpeed makes -1 here and there
             return True
         if targets_all:
             loss = nats_all / targets_all
-            self._decision = self._monitor.decide(loss=loss, grad_norm=grad_norm, phase=step.phase.index)
+            self._decision = self._monitor.decide(
+                loss=loss, grad_norm=grad_norm, document=document, phase=step.phase.index
+            )
         return self._decision is not None and not self._decision.apply
 
     def _not_finite(self, nats: Tensor, healthy: Tensor) -> Decision:

@@ -47,6 +47,7 @@ class Telemetry:
         """
         self._every, self._spectrum_every = config.telemetry_every * config.log_every, config.spectrum_every
         self._state, self._clock, self._last = state, clock, state.plan.steps
+        self.asked = 0  # a step that has telemetry whatever its number
         self._norms = Norms(state)
         self._loads_LE: Tensor | None = None
         self._found_LH: Tensor | None = None
@@ -58,8 +59,8 @@ class Telemetry:
             state.optimizer.register_step_post_hook(lambda *_: clock.stop("optimizer"))
 
     def due(self, step: int) -> bool:
-        """Whether the record after so many steps has telemetry; the last one has."""
-        return self._every > 0 and (step % self._every == 0 or step == self._last)
+        """Whether the record after so many steps has telemetry; the last one has, and one that is ``asked`` for."""
+        return self._every > 0 and (step % self._every == 0 or step in (self._last, self.asked))
 
     @contextmanager
     def during(self, step: Step) -> Iterator[None]:

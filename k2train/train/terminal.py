@@ -132,7 +132,10 @@ class Terminal(Hook):
     def incident(self, record: Mapping[str, Any]) -> None:
         """Says what was out of the ordinary in a step."""
         found = record["incident"]
-        end = ", so nothing was updated" if found["action"] == "skipped" else ""
+        end = {
+            "skipped": ", so nothing was updated",
+            "rewound": f", so the run goes back to step {found.get('to', 0):,} and leaves out what led here",
+        }.get(found["action"], "")
         self.warn(f"step {record['step']:,}: {found['sentence']}{end}")
 
     def warning(self, record: Mapping[str, Any]) -> None:
@@ -155,6 +158,9 @@ class Terminal(Hook):
     # ---- drawing
 
     def _take(self, record: Mapping[str, Any], now: float) -> None:
+        if self._record is not None and record["step"] <= self._record["step"]:  # the run has gone back
+            self._recent.clear()
+            self._told_at = 0
         self._record = record
         if "utilisation" in record:
             self._telemetry = record

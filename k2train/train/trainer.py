@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from muonclip.orthogonalize import cpu_multiplies_bfloat16
 
-from k2train.comm import World
+from k2train.checkpoint import Checkpoint
+from k2train.comm import World, together
 from k2train.config import RunConfig
-from k2train.data import Tokenizer, build_stream, find_dataset, open_dataset
+from k2train.data import Tokenizer, TrainStream, build_stream, find_dataset, open_dataset
+from k2train.data.phases import Skips
 from k2train.model import build_model, materialise
-from k2train.monitor import Drift, Monitor
+from k2train.monitor import Decision, Drift, Monitor
 from k2train.paths import RunPaths, atomic_write, cache_dir
 from k2train.train import zero
 from k2train.train.best import Best
@@ -31,7 +33,8 @@ from k2train.train.engine import (
     choose_precision,
     start_deepspeed,
 )
-from k2train.train.errors import RunError
+from k2train.train.errors import RunError, TooManyRewinds
+from k2train.train.evidence import evidence
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.feed import Feed
 from k2train.train.hooks import Hook, hook_name
@@ -39,7 +42,8 @@ from k2train.train.incidents import incident
 from k2train.train.inject import Injector
 from k2train.train.loop import run_loop
 from k2train.train.metrics import Meter
-from k2train.train.phases import build_plan
+from k2train.train.phases import Step, build_plan
+from k2train.train.rewind import Rewind, read_rewinds, write_rewinds
 from k2train.train.saving import Saver, describe_machine
 from k2train.train.sequence import sequence_group
 from k2train.train.state import Experts, Progress, RunState
@@ -47,6 +51,7 @@ from k2train.train.step import Stepper
 from k2train.train.stopwatch import Stopwatch
 from k2train.train.telemetry import Telemetry, peak_memory
 from k2train.train.validate import Validation, evenly, held_out_loss, held_out_sets, joined
+from k2train.train.watchdog import beat
 from k2train.units import count
 
 
@@ -125,14 +130,15 @@ class Trainer:
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
             atomic_write(paths.tokenizer, definition.read_bytes())
-        self.stream = build_stream(
-            self.dataset, config.data, self.plan.data_phases(), seed=config.seed, boundaries=config.train.document_mask
-        )
+        self.rewinds = read_rewinds(paths.rewinds)
+        self.stream = self._build_stream()
         for note in self.stream.notes:
             say(note)
         progress = Progress()
         self.meter, self.best, self.monitor = Meter(progress, device=world.device), Best(), Monitor(config.monitor)
         self.incident: Mapping[str, Any] | None = None  # of the last step
+        self.evidence: Mapping[str, Any] = {}  # on it, by the name of a file
+        self._way_back: tuple[Rewind, Checkpoint] | None = None  # that it has asked for
         self.drift = Drift(tau=config.optim.tau)
         self.state = RunState(
             self.model,
@@ -157,13 +163,14 @@ class Trainer:
         self.progress = self.state.progress
         self._clock = Stopwatch(device=world.device, enabled=config.track.telemetry_every > 0)
         self.telemetry = Telemetry(config.track, self.state, self._clock, precision=self.precision)
-        self._feed = Feed(self.stream, self.plan, world=world, sequence_parallel=self._sequence_parallel)
-        self._stepper = Stepper(
+        self.feed = Feed(self.stream, self.plan, world=world, sequence_parallel=self._sequence_parallel)
+        self.stepper = Stepper(
             self.engine,
             self.model,
             self.optimizer,
             self.clip,
-            batches=self._feed.take,
+            batches=self.feed.take,
+            document_mask=config.train.document_mask,
             meter=self.meter,
             monitor=self.monitor,
             telemetry=self.telemetry,
@@ -172,8 +179,9 @@ class Trainer:
             sequence_parallel=self._sequence_parallel,
         )
         self._inject = Injector(
-            config.inject.faults,
+            self._planned_faults(),
             self.model,
+            stream_number=lambda number: self.stream.samples.skips.stream_number(number),
             vocab_size=self.dataset.tokenizer.vocab_size,
             seed=config.seed,
             world=world,
@@ -188,7 +196,10 @@ class Trainer:
             published=self._published,
         )
         self._introduce()
+        if self.rewinds:
+            self.saver.forget(self.rewinds[-1], rewinds=len(self.rewinds))
         self.saver.resume()
+        self.progress.rewinds = len(self.rewinds)
         self.saver.mark_best(self.best.step)
 
     # ---- what the loop does
@@ -198,20 +209,54 @@ class Trainer:
         try:
             return run_loop(self, self.hooks, received=received)
         finally:
-            self._feed.close()
+            self.feed.close()
 
     def step(self, *, before_update: Callable[[], None] = lambda: None) -> bool:
         """Takes the next step of the plan; returns whether it was applied."""
         due = self.plan.step(self.progress.step)
         with self._inject.during(due) as step, self.telemetry.during(step):
-            decision = self._stepper.take(step, before_update=before_update)
-        applied, self.incident = decision.apply, incident(step, decision) if decision.findings else None
+            decision = self.stepper.take(step, before_update=before_update)
+        applied = decision.apply
+        self._way_back = self._find_way_back(step) if decision.rewind else None
+        self.incident, self.evidence = None, {}
+        if decision.findings:
+            self.evidence = evidence(self, step)
+            self.incident = self._incident(step, decision)
         if self.compiled:
             self.compiled.check()
         self.progress.step += 1
         self.progress.skipped_steps += not applied
         self.progress.elapsed += self.meter.last_seconds
         return applied
+
+    def go_back(self) -> bool:
+        """Goes back to a checkpoint if the last step has asked for it; whether it has. Called by all ranks together.
+
+        Raises:
+            TooManyRewinds: it would be once more than ``monitor.rewinds`` allows.
+            CheckpointError: the checkpoint is damaged.
+        """
+        if self.incident is not None and self.incident["incident"]["action"] == "stopped":
+            raise TooManyRewinds(
+                f"step {self.incident['step']}: {self.incident['incident']['sentence']}. The run has gone back "
+                f"{self.progress.rewinds} times, and monitor.rewinds allows no more: lower optim.lr, look at the "
+                f"documents in {self.paths.incidents}, or go on with monitor.action=skip allow_changed=[monitor]"
+            )
+        if self._way_back is None:
+            return False
+        rewind, checkpoint = self._way_back
+        self.rewinds.append(rewind)
+        with together():
+            if self.world.main:
+                write_rewinds(self.paths.rewinds, self.rewinds)
+        self.saver.forget(rewind, rewinds=len(self.rewinds))
+        elapsed = self.progress.elapsed
+        self.state.load(checkpoint, same_world=True, seed=self.config.seed)
+        self.progress.elapsed, self.progress.rewinds = elapsed, len(self.rewinds)  # these do not go back
+        self.stream = self.state.stream = self._build_stream()
+        self.feed.follow(self.stream)
+        self.saver.mark_best(self.best.step)
+        return True
 
     def record(self) -> dict[str, Any]:
         """The metrics of the steps since the last record, and telemetry if it is due; called by all ranks together."""
@@ -299,7 +344,52 @@ class Trainer:
         for hook in self.hooks:
             hook.saved(step)
 
+    # ---- what becomes of a step that is out of the ordinary
+
+    def _incident(self, step: Step, decision: Decision) -> dict[str, Any]:
+        action, more = "logged" if decision.apply else "skipped", {}
+        if self._way_back is not None:
+            action, rewind = "rewound", self._way_back[0]
+            more = {"rewind": len(self.rewinds) + 1, "to": rewind.to, "left_out": list(rewind.left_out)}
+        elif decision.rewind and not self._rewinds_left():
+            action = "stopped"
+        worst = {key: value for row in self.evidence["documents"][:1] for key, value in row.items() if key != "text"}
+        return incident(step, decision, action=action, document=worst, **more)
+
+    def _find_way_back(self, step: Step) -> tuple[Rewind, Checkpoint] | None:
+        """To before the window that ends with the step; None if there is no checkpoint, or no rewind left."""
+        first = step.number + 1 - self.config.monitor.rewind_window
+        if first < 0 or not self._rewinds_left():
+            return None
+        beat("looking for a checkpoint to go back to")
+        checkpoint = self.saver.newest(until=first)
+        if checkpoint is None:
+            return None
+        number = self.stream.samples.skips.stream_number
+        left_out = number(self.plan.samples_before(first)), number(step.first_sample + step.samples - 1)
+        return Rewind(step.number + 1, checkpoint.manifest.step, left_out), checkpoint
+
+    def _rewinds_left(self) -> int:
+        return self.config.monitor.rewinds - len(self.rewinds)
+
     # ---- data
+
+    def _build_stream(self) -> TrainStream:
+        return build_stream(
+            self.dataset,
+            self.config.data,
+            self.plan.data_phases(),
+            seed=self.config.seed,
+            boundaries=True,  # each document has a loss of its own, also where attention does not know of it
+            rewound=[rewind.left_out for rewind in self.rewinds],
+        )
+
+    def _planned_faults(self) -> dict[int, str]:
+        """The faults on purpose, by the first sample of their steps as they were before the run went back."""
+        planned, before = Skips(self.config.data.order.skips), self.plan.samples_before
+        return {
+            planned.stream_number(before(int(step) - 1)): fault for step, fault in self.config.inject.faults.items()
+        }
 
     @cached_property
     def _bytes_of_token(self) -> torch.Tensor:

@@ -38,3 +38,8 @@ def test_a_fault_must_be_meant():
 )
 def test_what_is_wrong_is_named(override, sentence):
     assert any(found.startswith(sentence) for found in faults(override, "inject.allow=true"))
+
+
+def test_going_back_needs_checkpoints():
+    (sentence,) = faults("monitor.action=rewind", "checkpoint.every=0")
+    assert "set checkpoint.every" in sentence

@@ -127,7 +127,7 @@ def train(case: Case, folder: Path, name: str) -> dict[str, float]:
     trainer = _trainer(case, folder, name)
     if case.schedule == "uneven":
         samples = uneven(trainer.stream.batch)
-        trainer._stepper._batches = lambda step: [
+        trainer.stepper._batches = lambda step: [
             samples(part) for part in step.micro_batches(rank=trainer.world.rank, processes=trainer.world.size)
         ]
     expected = torch.load(folder / f"{case.schedule}.pt", weights_only=True)

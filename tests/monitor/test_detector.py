@@ -1,5 +1,6 @@
 """What the detector finds in curves that are known, and what it must not find."""
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,15 @@ from k2train.monitor import Monitor
 from k2train.monitor.detector import LEAST, PATIENCE, Rule, Series, observe, resistant_line, surprise
 from tests.monitor.curves import Curve
 
-CONFIG = MonitorConfig(action="log", window=64, loss_deviations=8, grad_norm_deviations=12)
+CONFIG = MonitorConfig(
+    action="log",
+    rewinds=3,
+    rewind_window=16,
+    window=64,
+    loss_deviations=8,
+    grad_norm_deviations=12,
+    document_deviations=10,
+)
 # What a fault did to the loss, in nats, in runs of small models whose noise was 0.05: half a batch random the least.
 CORRUPTION = 1.2
 
@@ -20,7 +29,7 @@ def decisions(curve, changes=None, monitor=None):
     monitor = monitor or Monitor(CONFIG)
     for step, numbers in enumerate(curve):
         loss, norm = (changes or {}).get(step, lambda *pair: pair)(*numbers)
-        yield monitor.decide(loss=loss, grad_norm=norm, phase=0)
+        yield monitor.decide(loss=loss, grad_norm=norm, document=loss + 0.5, phase=0)
 
 
 def flagged(curve, changes=None):
@@ -63,11 +72,36 @@ def test_a_spike_is_found_at_once(change, signal, steps):
 
 
 def test_skip_refuses_a_rise_alone():
-    monitor = Monitor(MonitorConfig(action="skip", window=64, loss_deviations=8, grad_norm_deviations=12))
+    monitor = Monitor(dataclasses.replace(CONFIG, action="skip"))
     found = list(decisions(Curve(steps=120, seed=1), {90: better, 100: worse}, monitor))
     assert [step for step, decision in enumerate(found) if not decision.apply] == [100]
     assert "deviations below" in found[90].sentence()
     assert "deviations above" in found[100].sentence()
+
+
+def test_one_bad_document_is_told_and_refuses_nothing():
+    monitor = Monitor(dataclasses.replace(CONFIG, action="skip"))
+    for step, (loss, norm) in enumerate(Curve(steps=300, seed=1)):
+        odd = step in (150, 290)
+        found = monitor.decide(loss=loss, grad_norm=norm, document=loss + 5.0 * odd + 0.7, phase=0)
+        assert [finding.signal for finding in found.findings] == ["document"] * odd, step
+        assert found.apply
+
+
+def test_what_is_raised_a_little_for_two_steps_is_told_at_the_second():
+    raised = dict.fromkeys((700, 701), lambda loss, norm: (loss + 0.25, norm * 1.9))
+    for seed in (1, 2, 3):
+        found = list(decisions(Curve(seed=seed), raised, Monitor(dataclasses.replace(CONFIG, action="skip"))))
+        told = [step for step, decision in enumerate(found) if decision.findings]
+        assert told == [701], seed
+        assert found[701].apply  # what has happened is not undone by refusing the next update
+
+
+def test_going_back_is_asked_for_by_a_rise_alone():
+    monitor = Monitor(dataclasses.replace(CONFIG, action="rewind"))
+    found = list(decisions(Curve(steps=120, seed=1), {90: better, 100: worse}, monitor))
+    assert [step for step, decision in enumerate(found) if decision.rewind] == [100]
+    assert not found[100].apply
 
 
 def test_a_second_spike_ten_steps_later_is_found():
@@ -97,7 +131,7 @@ def test_what_is_not_finite_leaves_no_trace_in_the_history():
     monitor = Monitor(CONFIG)
     list(decisions(Curve(steps=50), monitor=monitor))
     before = monitor.state_dict()
-    monitor.decide(loss=math.nan, grad_norm=1.0, phase=3)
+    monitor.decide(loss=math.nan, grad_norm=1.0, document=math.nan, phase=3)
     assert monitor.state_dict() == before
 
 
@@ -110,7 +144,7 @@ def test_a_new_level_is_accepted():
 def test_a_new_phase_begins_anew():
     monitor = Monitor(CONFIG)
     list(decisions(Curve(steps=100, seed=6), monitor=monitor))
-    assert not monitor.decide(loss=9.0, grad_norm=100.0, phase=1).findings
+    assert not monitor.decide(loss=9.0, grad_norm=100.0, document=9.0, phase=1).findings
 
 
 def test_the_history_goes_through_a_checkpoint_exactly():
@@ -129,9 +163,11 @@ def test_the_history_goes_through_a_checkpoint_exactly():
 def test_observing_changes_nothing_that_was_given():
     series = Series(tuple(2.0 + 0.01 * (i % 3) for i in range(LEAST)))
     rule = Rule(deviations=8, floor=0.02, window=64)
-    finding, after = observe(series, 3.0, rule, signal="loss")
-    assert (finding.value, after.values, after.flagged) == (3.0, series.values, (3.0,))
-    assert observe(series, 1.0, rule, signal="loss")[0] is None  # only rises are asked for
+    finding, flagged, after = observe(series, 3.0, rule, signal="loss")
+    assert (finding.value, flagged, after.values, after.flagged) == (3.0, True, series.values, (3.0,))
+    finding, flagged, _ = observe(series, 1.0, rule, signal="loss")
+    assert finding.deviations < -8
+    assert not flagged  # only rises are asked for
     assert observe(Series(series.values[1:]), 3.0, rule, signal="loss")[0] is None  # too little is known
 
 

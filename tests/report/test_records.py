@@ -30,6 +30,15 @@ def test_what_a_resumed_run_writes_replaces_what_was_there():
     assert numbers(validations) == [2]
 
 
+def test_a_run_that_went_back_replaces_its_steps_and_says_so_for_good():
+    went_back = {"step": 4, "tokens": 4, "incident": {"action": "rewound", "to": 2, "rewind": 1, "sentence": "a spike"}}
+    before = [step(1), step(2), step(3, loss=7.0), incident(3, "odd"), went_back]
+    after = [step(3, loss=3.0), incident(3, "odd again"), step(4, loss=2.0)]
+    steps, _, incidents = in_order([*before, *after])
+    assert [(record["step"], record["loss"]) for record in steps] == [(1, 4.0), (2, 3.5), (3, 3.0), (4, 2.0)]
+    assert [record["incident"]["sentence"] for record in incidents] == ["odd again", "a spike"]
+
+
 def test_a_validation_does_not_replace_its_step():
     steps, validations, _ = read([step(2), validation(2), validation(2)])
     assert (numbers(steps), numbers(validations)) == ([2], [2])

@@ -38,7 +38,9 @@ def taken(fault, *, processes=1, micro_batch=4, number=2):
     seen, gradients = {}, []
     for rank in range(processes):
         model, world = Model(), World(rank, processes, rank, processes, torch.device("cpu"))
-        injector = Injector({"3": fault}, model, vocab_size=VOCAB, seed=7, world=world)
+        injector = Injector(
+            {2 * SAMPLES: fault}, model, stream_number=lambda number: number, vocab_size=VOCAB, seed=7, world=world
+        )
         starts = range(rank * micro_batch, SAMPLES, processes * micro_batch)
         with injector.during(step(number)) as changed:
             for start in starts:
