@@ -41,7 +41,9 @@ def test_two_processes_with_expert_parallelism_give_the_losses_of_one(runner):
         expected, found = runner.losses("one"), runner.losses(name)
         assert found.keys() == expected.keys()
         assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-5
-    assert logged(runner.records(name)) == documented()
+    records = runner.records(name)
+    assert logged(records) == documented()
+    assert [record["step"] for record in records if "utilisation" in record] == [10, 20]
 
 
 def logged(records):
