@@ -9,13 +9,13 @@ from k2train.report.chart import Chart, Series, heat_map, line_chart
 from k2train.report.records import Record, Run, number
 
 FEW = 8  # entries up to which they are drawn as curves, not as a heat map
-# By section, in its order: key, title and unit. What is only worth a look where it is not 1 throughout is in DULL.
+# By section, in its order: key, title and unit.
 SECTIONS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "attention": (
         ("head_max_logit", "largest logit of each head", "layer.head"),
-        ("head_clip", "clip events: gamma of QK-Clip", "1 is no clip"),
-        ("head_scale", "all clips of a head together", "product of gamma"),
-        ("head_max_logit_exact", "largest logits that are exact", "0: an upper bound"),
+        ("head_clip", "clip events", "1 - gamma of QK-Clip"),
+        ("head_scale", "all clips of a head together", "1 - product of gamma"),
+        ("head_max_logit_exact", "upper bounds among the logits", "1: a bound"),
     ),
     "experts": (
         ("expert_load", "load of each expert", "of the mean; layer.expert"),
@@ -32,7 +32,9 @@ SECTIONS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "throughput": (("seconds", "where the time goes", "seconds a step"),),
     "data": (("source_tokens", "tokens by source", ""),),
 }
-DULL = ("head_clip", "head_scale", "head_max_logit_exact")
+# What is 1 where nothing is to be seen: drawn as the distance from that, as heat maps show the largest of what they
+# join.
+FROM_ONE = ("head_clip", "head_scale", "head_max_logit_exact")
 KEYS = {key for charts in SECTIONS.values() for key, _, _ in charts} | {"utilisation", "memory"}
 
 
@@ -47,12 +49,15 @@ def telemetry_charts(section: str, runs: Sequence[tuple[str, Run]], x: str) -> l
     found = []
     for key, title, unit in SECTIONS[section]:
         for label, run in runs:
-            if key in DULL and all(value in (1, None) for r in run.steps for _, value in _entries(r.get(key, {}))):
-                continue
-            name = title if len(runs) == 1 else f"{title}, {label}"
+            end = "" if len(runs) == 1 else f", {label}"
+            values: list[tuple[Record, Any]] = [(record, record[key]) for record in run.steps if key in record]
+            if key in FROM_ONE:
+                values = [(record, {n: 1 - number(v) for n, v in _entries(value)}) for record, value in values]
+                if not any(v > 0 for _, value in values for v in value.values()):
+                    continue
             if key == "head_max_logit":
-                found.append(array_chart(name.replace("head", "layer"), "", by_layer(run.steps, key), x))
-            found.append(array_chart(name, unit, [(r, r[key]) for r in run.steps if key in r], x))
+                found.append(array_chart(f"largest logit of each layer{end}", "", by_layer(run.steps, key), x))
+            found.append(array_chart(title + end, unit, values, x))
     return found
 
 
