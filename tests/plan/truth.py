@@ -12,25 +12,23 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from unittest import mock
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from k2train.cli.commands import PLAN, TRAIN
 from k2train.cli.compose import compose
 from k2train.cli.options import group_options
 from k2train.comm import open_world
-from k2train.config import ModelConfig, PlanConfig, RunConfig, parse
+from k2train.config import PlanConfig, RunConfig, parse
 from k2train.data import prepare
-from k2train.model import build_model, causal
+from k2train.model import build_model
 from k2train.paths import RunPaths
 from k2train.plan.count import parameters, total, work
 from k2train.plan.estimate import Part, estimate, with_vocabulary
 from k2train.plan.search import search
 from k2train.train.quiet import import_deepspeed
 from k2train.units import count
+from tests.plan.operations import counted_operations
 from tests.plan.runs import KINDS, STATE, Result, every_layout, measure_all, plan_config
 
 MARK = "<!-- tables -->\n"
@@ -159,36 +157,17 @@ def counts() -> Iterator[str]:
         yield f"| {option} | {total(parameters(model)):,} | {own:,} | {planned:,.0f} | {counted} | {off} |"
 
 
-def counted_operations(config: ModelConfig, *, batch: int, length: int) -> float:
-    """Of a token, forward and backward, by torch's counter.
-
-    Attention is the plain one, whose products it sees and which do not leave out what is hidden. The counter is told of
-    products that are added to what is there. In eval mode, where nobody asks for the largest logits.
-    """
-    model = build_model(config, seed=0).eval()
-    assert config.vocab_size is not None
-    tokens = torch.randint(config.vocab_size, (batch, length))
-    added = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
-    with (
-        mock.patch.object(causal, "choose_backend", return_value="math"),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False, custom_mapping=added) as counter,
-    ):
-        loss, balance = model(tokens, tokens.roll(-1, 1))
-        (loss.mean() + balance).backward()
-    return float(counter.get_total_flops()) / (batch * length)
-
-
 def runs(results: Sequence[Result]) -> Iterator[str]:
     """Bytes that runs hold and send, of a rank in the mean, and how far the plan is off."""
     names = (*STATE, *KINDS)
-    yield f"| ranks | ep | ZeRO | precision | micro-batches | recomputed | offload | {' | '.join(names)} |"
-    yield "| --- " * 7 + "| ---: " * len(names) + "|"
+    yield f"| ranks | ep | sp | ZeRO | precision | micro-batches | recomputed | offload | {' | '.join(names)} |"
+    yield "| --- " * 8 + "| ---: " * len(names) + "|"
     for result in results:
         layout, errors = result.layout, result.errors()
         cells = [f"{result.measured[name]:,.0f} ({errors[name]:.1%})" if name in errors else "" for name in names]
         yield (
-            f"| {layout.processes} | {layout.expert_parallel} | {layout.zero_stage} | {layout.precision} "
+            f"| {layout.processes} | {layout.expert_parallel} | {layout.sequence_parallel} | {layout.zero_stage} "
+            f"| {layout.precision} "
             f"| {layout.accumulation} | {layout.recompute if layout.recompute != 'none' else ''} "
             f"| {'yes' if layout.offload else ''} | {' | '.join(cells)} |"
         )
