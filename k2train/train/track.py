@@ -188,8 +188,10 @@ class _Worker:
             self._leave_out("it no longer keeps up")
 
     def end(self, seconds: float) -> None:
+        if self._gone:
+            return
         self._thread.join(seconds)
-        if self._thread.is_alive() and not self._gone:
+        if self._thread.is_alive():
             self._leave_out(f"it has not ended in {seconds:.0f} s")
 
     def told(self) -> Iterator[str]:
