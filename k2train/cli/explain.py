@@ -88,11 +88,15 @@ def _explain(config: RunConfig, paths: RunPaths, aside: RunPaths, step: int, str
     config = dataclasses.replace(config, resume=resume)
     found = replay(Trainer(config, manifest, world=world, paths=aside, say=say), step)
     text = paths.metrics.read_text(encoding="utf-8", errors="replace")
-    done, _, incidents = in_order(read_lines(text)[0])
+    done, _, told = in_order(read_lines(text)[0])
+    # Neither warnings, nor steps that the run has gone back from and taken anew.
+    incidents = [record for record in told if "findings" in record["incident"] and "rewind" not in record["incident"]]
     number, differing = compared(found, done, incidents)
     if world.main:
         folder = paths.incidents / str(step)
-        write_incident(folder, found.incident, found.evidence)
+        # What became of the step is what the run has recorded of it, not the replay.
+        own = next((record for record in incidents if record["step"] == step), found.incident)
+        write_incident(folder, own, found.evidence)
         say((folder / TEXT).read_text(encoding="utf-8").partition("\n--- ")[0])
         say(f"all of it, with text: {folder}")
     close_world()

@@ -36,6 +36,7 @@ def test_a_step_is_taken_again_bit_for_bit(runner, processes, zero_stage):
         assert found.returncode == 0, found.stdout + found.stderr
         assert f"replayed the steps {first} to {step}: all " in found.stdout
         assert "to the last bit" in found.stdout
+    assert json.loads((folder / "incidents" / "18" / "incident.json").read_text())["incident"]["action"] == "skipped"
     explained = folder / "incidents" / "25"
     documents = json.loads((explained / "documents.json").read_text())["documents"]
     loss = next(record["loss"] for record in runner.records(name)[::-1] if record["step"] == 25)
