@@ -156,6 +156,10 @@ class Skips:
         """The sample of the stream that is delivered under a number."""
         return delivered + self._left_out[bisect.bisect_right(self._delivered, delivered)]
 
+    def passed(self, delivered: int) -> int:
+        """Samples of the stream up to the last of so many delivered; what is left out right after it is yet to come."""
+        return self.stream_number(delivered - 1) + 1 if delivered else 0
+
     def left_out(self, phases: Sequence[DataPhase]) -> list[int]:
         """How many samples each phase leaves out, and so has beyond those that it delivers."""
         found, first = [], 0

@@ -28,7 +28,7 @@ def make_state(stream: TrainStream, next_sample: int) -> dict[str, Any]:
         "packing": stream.packing,
         "group_shards": stream.group_shards,
         "lengths": past_lengths(stream, next_sample),
-        "skips": [list(pair) for pair in skips.pairs if pair[0] < skips.stream_number(next_sample)],
+        "skips": [list(pair) for pair in skips.pairs if pair[0] < skips.passed(next_sample)],
         "drops": stream.drops.before(next_sample),
         "tokens": stream.tokens_seen(next_sample),
     }
@@ -36,7 +36,7 @@ def make_state(stream: TrainStream, next_sample: int) -> dict[str, Any]:
 
 def past_lengths(stream: TrainStream, next_sample: int) -> list[list[int]]:
     """[samples, sequence length] of what was read so far; phases of one length are one."""
-    number, found = stream.samples.skips.stream_number(next_sample), list[list[int]]()
+    number, found = stream.samples.skips.passed(next_sample), list[list[int]]()
     *_, last = stream.samples.plans
     for plan in stream.samples.plans:
         read = number - plan.first_sample

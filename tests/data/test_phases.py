@@ -205,6 +205,13 @@ def test_a_skip_of_the_future_leaves_the_past_alone(manifest):
         stream_of(manifest, skips=[[40, 45]]).load_state_dict(state)
 
 
+def test_what_is_left_out_right_after_the_past_is_yet_to_come(manifest):
+    state = stream_of(manifest).state_dict(60)
+    later = stream_of(manifest, skips=[[60, 69]])
+    assert later.load_state_dict(state) == 60
+    assert later.state_dict(61)["skips"] == [[60, 69]]
+
+
 @pytest.mark.parametrize("skips", [[[5, 4]], [[5, 9], [9, 12]], [[5, 9], [1, 2]], [[1, 2, 3]]])
 def test_skips_out_of_order_are_refused(skips):
     with pytest.raises(DataError, match="must be pairs \\[first, last\\] in rising order"):

@@ -30,7 +30,8 @@ from k2train.train.trainer import Trainer
 from tests.distributed.numbers import everywhere, state_of
 from tests.distributed.plain import Layout, config_of, prepared, write_text
 
-STEPS, BAD, EVERY, WINDOW = 28, 22, 6, 3  # of which samples 20 to 22 are left out: back to step 18
+STEPS, BAD, EVERY = 28, 22, 6  # back to step 18
+WINDOW, WHOLE = 3, 4  # steps whose samples are left out: some of those since the checkpoint, and all of them
 
 
 class Killed(Exception):
@@ -51,14 +52,15 @@ def _quiet(text: str) -> None:
 
 def compared(layout: Layout, folder: Path, name: str, *, killed: bool) -> dict[str, bool]:
     """What must be true of a run that goes back, beside one that never has to; and of one that is killed as it does."""
-    config = _config(folder, layout)
+    window = WHOLE if killed else WINDOW
+    config = _config(folder, layout, window)
     spoilt = dataclasses.replace(config, inject=InjectConfig(allow=True, faults={str(BAD): "random_tokens"}))
     back, found = _run(spoilt, folder, f"{name}-back"), {}
     paths = RunPaths(folder / "runs" / f"{name}-back")
     (rewind,) = read_rewinds(paths.rewinds)
-    found["to before the window"] = rewind.step == BAD and rewind.to == BAD - WINDOW - (BAD - WINDOW) % EVERY
+    found["to before the window"] = rewind.step == BAD and rewind.to == BAD - WHOLE
     size = config.train.global_batch_size
-    found["the window's samples"] = rewind.left_out == ((BAD - WINDOW) * size, BAD * size - 1)
+    found["the window's samples"] = rewind.left_out == ((BAD - window) * size, BAD * size - 1)
 
     order = dataclasses.replace(config.data.order, skips=(rewind.left_out,))
     never = _run(dataclasses.replace(config, data=dataclasses.replace(config.data, order=order)), folder, f"{name}-no")
@@ -81,7 +83,7 @@ def compared(layout: Layout, folder: Path, name: str, *, killed: bool) -> dict[s
 
 def too_often(layout: Layout, folder: Path, name: str) -> dict[str, bool]:
     """What must be true of a run that would go back once more than it may."""
-    config = _config(folder, layout)
+    config = _config(folder, layout, WINDOW)
     faults = {str(BAD): "random_tokens", str(BAD + 2): "random_tokens"}
     config = dataclasses.replace(
         config,
@@ -124,13 +126,13 @@ def _same(a: tuple[Mapping[int, float], list[Tensor]], b: tuple[Mapping[int, flo
     return a[0] == b[0] and all(map(torch.equal, a[1], b[1]))
 
 
-def _config(folder: Path, layout: Layout) -> RunConfig:
+def _config(folder: Path, layout: Layout, window: int) -> RunConfig:
     config = config_of(folder, layout)
     return dataclasses.replace(
         config,
         schedule=parse(ScheduleConfig, {"steps": STEPS, "batch_ramp": [], "phases": {}}),
         checkpoint=dataclasses.replace(config.checkpoint, every=EVERY),
-        monitor=dataclasses.replace(config.monitor, action="rewind", rewind_window=WINDOW),
+        monitor=dataclasses.replace(config.monitor, action="rewind", rewind_window=window),
     )
 
 
