@@ -176,7 +176,8 @@ class ParallelConfig:
     zero_stage: int = rule(at_least=1, at_most=3)  # 1: optimizer state is shared out; 2: gradients; 3: weights too
     offload_optimizer: bool = rule()  # fp32 masters and momenta in the CPU's memory, not the GPU's
     expert_parallel: int = rule(at_least=1)  # processes that share out the experts; must divide world size and experts
-    # Processes that share out each sequence; must divide world size, heads and every sequence length.
+    # Processes that share out each sequence; must divide world size, heads and every sequence length. Older checkpoints
+    # do not have it.
     sequence_parallel: int = rule(at_least=1, default=1)
 
 

@@ -219,7 +219,7 @@ class Saver:
         for change in changes:
             self.say(change.sentence)
         for key, now in self.machine.items():
-            if (before := saved["machine"].get(key)) != now:
+            if (before := saved["machine"].get(key, now)) != now:  # an older version may not have told it
                 self.say(
                     f"{key} was {before} and is now {now}: expect losses that agree to rounding, not to the last bit"
                 )

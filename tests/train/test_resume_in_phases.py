@@ -89,6 +89,9 @@ def in_one_process(_: int, folder: Path) -> None:
         assert "train.deterministic was False and is now True" in said
         assert to_the_end(trainer) == {number: record for number, record in records.items() if number > step}
         assert same_state(end(f"from-{step}"), end("alone"), generators=True), step
+    ended, _said = run(folder, "ended", resume=str(folder_of(folder / "runs/alone/checkpoints", last)))
+    assert ended.model.config.rope_scaling == ended.plan.phases[-1].rope_scaling is not None
+    ended.engine.destroy()
     for name in ("first", "second"):
         trainer, _said = run(folder, name, deterministic=True)
         assert to_the_end(trainer) == records
