@@ -200,7 +200,7 @@ class Trainer:
             self.saver.forget(self.rewinds[-1], rewinds=len(self.rewinds))
         self.saver.resume()
         self.progress.rewinds = len(self.rewinds)
-        if done := self.progress.step:  # a run of which nothing but the last validation is left takes no step that would
+        if done := self.progress.step:  # a run of which the last validation alone is left takes no step that would
             self.model.set_rope_scaling(self.plan.step(done - 1).phase.rope_scaling)
         self.saver.mark_best(self.best.step)
 
