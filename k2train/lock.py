@@ -57,13 +57,15 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process holds the lock; on a file system that knows none it is taken to."""
+def is_held(path: Path, *, unknown: bool = True) -> bool:
+    """Whether a process holds the lock; ``unknown`` on a file system that knows none."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # held, or a lock cannot be had at all
+    except BlockingIOError:
         return True
+    except OSError:  # a lock cannot be had at all
+        return unknown
     return False

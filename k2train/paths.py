@@ -98,6 +98,16 @@ class RunPaths:
         return self.root / "profile"
 
     @property
+    def trial(self) -> Path:
+        """What the run is in a sweep: its settings, and why its last start failed."""
+        return self.root / "trial.json"
+
+    @property
+    def terminal(self) -> Path:
+        """What a run of a sweep would have shown in a terminal."""
+        return self.root / "terminal.log"
+
+    @property
     def summary(self) -> Path:
         """The result; it exists once the run is finished."""
         return self.root / "summary.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from k2train.checkpoint import CheckpointError, folder_of, open_checkpoint, steps
 from k2train.config import changed_settings
-from k2train.experiments import Difference, Parting, compare_logs, compare_weights
+from k2train.experiments.diff import Difference, Parting, compare_logs, compare_weights
 from k2train.paths import RunPaths
 from k2train.report import ReportError, Run, read_run
 from k2train.status import FAILED, OK

@@ -5,7 +5,7 @@
 """
 
 from k2train.config.cluster import ClusterConfig, PlanConfig
-from k2train.config.compare import Change, changed_settings, leaves, refuse_changes
+from k2train.config.compare import Change, changed_settings, is_harmless, leaves, refuse_changes
 from k2train.config.data import DataConfig, DropConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.monitor import InjectConfig, MonitorConfig
@@ -69,6 +69,7 @@ __all__ = [
     "WriteConfig",
     "changed_settings",
     "find_key",
+    "is_harmless",
     "key_types",
     "leaves",
     "parse",

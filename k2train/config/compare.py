@@ -44,7 +44,7 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     """Settings that differ between two configs, from ``to_dict``, in the order of their keys."""
     old, new = dict(leaves(before)), dict(leaves(after))
     return [
-        Change(key, f"{key} was {_text(old, key)} and is now {_text(new, key)}", _within(key, HARMLESS))
+        Change(key, f"{key} was {_text(old, key)} and is now {_text(new, key)}", is_harmless(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key, _ABSENT) != new.get(key, _ABSENT)
     ]
@@ -66,6 +66,11 @@ def refuse_changes(changes: Sequence[Change], *, allowed: Sequence[str], what: s
         f"{what} has other settings: {sentences}. Give this one another name, as in name=second, or take the settings "
         f"back; to go on with them all the same: allow_changed=[{keys}]"
     )
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a setting leaves what is learnt as it is, but for rounding."""
+    return _within(key, HARMLESS)
 
 
 _ABSENT = object()
