@@ -14,8 +14,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from k2train.checkpoint import Checkpoint
+from k2train.comm import World, together
+from k2train.data import TrainStream
 from k2train.paths import atomic_write
+from k2train.train.phases import Plan, Step
+from k2train.train.watchdog import beat
+
+if TYPE_CHECKING:
+    from k2train.train.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -38,3 +47,48 @@ def read_rewinds(path: Path) -> list[Rewind]:
 def write_rewinds(path: Path, rewinds: Sequence[Rewind]) -> None:
     """The inverse, whole or not at all."""
     atomic_write(path, json.dumps([asdict(rewind) for rewind in rewinds], indent=2) + "\n")
+
+
+class Rewinds:
+    """Those of a run, and whether there is another one.
+
+    Attributes:
+        done: in the order in which they happened.
+    """
+
+    def __init__(self, path: Path, *, limit: int, window: int) -> None:
+        """Args are the file of the run, ``monitor.rewinds`` and ``monitor.rewind_window``."""
+        self._path, self._limit, self._window = path, limit, window
+        self.done = read_rewinds(path)
+
+    @property
+    def used_up(self) -> bool:
+        """Whether the run may not go back once more."""
+        return len(self.done) >= self._limit
+
+    def find(self, step: Step, *, plan: Plan, stream: TrainStream, saver: Saver) -> tuple[Rewind, Checkpoint] | None:
+        """The way back to before the window that ends with a step; None if there is no checkpoint, or no rewind left.
+
+        Args:
+            step: that was out of the ordinary.
+            plan: of the run.
+            stream: as the run has read it.
+            saver: of its checkpoints.
+        """
+        first = step.number + 1 - self._window
+        if first < 0 or self.used_up:
+            return None
+        beat("looking for a checkpoint to go back to")
+        checkpoint = saver.newest(until=first)
+        if checkpoint is None:
+            return None
+        number = stream.samples.skips.stream_number
+        left_out = number(plan.samples_before(first)), number(step.first_sample + step.samples - 1)
+        return Rewind(step.number + 1, checkpoint.manifest.step, left_out), checkpoint
+
+    def add(self, rewind: Rewind, *, world: World) -> None:
+        """Puts it down, on disk too; called by all ranks together. Raises OSError if the disk refuses."""
+        self.done.append(rewind)
+        with together():
+            if world.main:
+                write_rewinds(self._path, self.done)

@@ -14,7 +14,7 @@ import torch
 from muonclip.orthogonalize import cpu_multiplies_bfloat16
 
 from k2train.checkpoint import Checkpoint
-from k2train.comm import World, together
+from k2train.comm import World
 from k2train.config import RunConfig
 from k2train.data import Tokenizer, TrainStream, build_stream, find_dataset, open_dataset
 from k2train.data.phases import Skips
@@ -43,7 +43,7 @@ from k2train.train.inject import Injector
 from k2train.train.loop import run_loop
 from k2train.train.metrics import Meter
 from k2train.train.phases import Step, build_plan
-from k2train.train.rewind import Rewind, read_rewinds, write_rewinds
+from k2train.train.rewind import Rewind, Rewinds
 from k2train.train.saving import Saver, describe_machine
 from k2train.train.sequence import sequence_group
 from k2train.train.state import Experts, Progress, RunState
@@ -51,7 +51,6 @@ from k2train.train.step import Stepper
 from k2train.train.stopwatch import Stopwatch
 from k2train.train.telemetry import Telemetry, peak_memory
 from k2train.train.validate import Validation, evenly, held_out_loss, held_out_sets, joined
-from k2train.train.watchdog import beat
 from k2train.units import count
 
 
@@ -130,12 +129,13 @@ class Trainer:
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
             atomic_write(paths.tokenizer, definition.read_bytes())
-        self.rewinds = read_rewinds(paths.rewinds)
+        monitor = config.monitor
+        self.rewinds = Rewinds(paths.rewinds, limit=monitor.rewinds, window=monitor.rewind_window)
         self.stream = self._build_stream()
         for note in self.stream.notes:
             say(note)
         progress = Progress()
-        self.meter, self.best, self.monitor = Meter(progress, device=world.device), Best(), Monitor(config.monitor)
+        self.meter, self.best, self.monitor = Meter(progress, device=world.device), Best(), Monitor(monitor)
         self.incident: Mapping[str, Any] | None = None  # of the last step
         self.evidence: Mapping[str, Any] = {}  # on it, by the name of a file
         self._way_back: tuple[Rewind, Checkpoint] | None = None  # that it has asked for
@@ -196,12 +196,12 @@ class Trainer:
             published=self._published,
         )
         self._introduce()
-        if self.rewinds:
-            self.saver.forget(self.rewinds[-1], rewinds=len(self.rewinds))
+        if done := self.rewinds.done:
+            self.saver.forget(done[-1], rewinds=len(done))
         self.saver.resume()
-        self.progress.rewinds = len(self.rewinds)
-        if done := self.progress.step:  # a run of which the last validation alone is left takes no step that would
-            self.model.set_rope_scaling(self.plan.step(done - 1).phase.rope_scaling)
+        self.progress.rewinds = len(done)
+        if taken := self.progress.step:  # a run of which the last validation alone is left takes no step that would
+            self.model.set_rope_scaling(self.plan.step(taken - 1).phase.rope_scaling)
         self.saver.mark_best(self.best.step)
 
     # ---- what the loop does
@@ -219,7 +219,9 @@ class Trainer:
         with self._inject.during(due) as step, self.telemetry.during(step):
             decision = self.stepper.take(step, before_update=before_update)
         applied = decision.apply
-        self._way_back = self._find_way_back(step) if decision.rewind else None
+        self._way_back = None
+        if decision.rewind:
+            self._way_back = self.rewinds.find(step, plan=self.plan, stream=self.stream, saver=self.saver)
         self.incident, self.evidence = None, {}
         if decision.findings:
             self.evidence = evidence(self, step)
@@ -247,14 +249,11 @@ class Trainer:
         if self._way_back is None:
             return False
         rewind, checkpoint = self._way_back
-        self.rewinds.append(rewind)
-        with together():
-            if self.world.main:
-                write_rewinds(self.paths.rewinds, self.rewinds)
-        self.saver.forget(rewind, rewinds=len(self.rewinds))
+        self.rewinds.add(rewind, world=self.world)
+        self.saver.forget(rewind, rewinds=len(self.rewinds.done))
         elapsed = self.progress.elapsed
         self.state.load(checkpoint, same_world=True, seed=self.config.seed)
-        self.progress.elapsed, self.progress.rewinds = elapsed, len(self.rewinds)  # these do not go back
+        self.progress.elapsed, self.progress.rewinds = elapsed, len(self.rewinds.done)  # these do not go back
         self.stream = self.state.stream = self._build_stream()
         self.feed.follow(self.stream)
         self.saver.mark_best(self.best.step)
@@ -352,27 +351,11 @@ class Trainer:
         action, more = "logged" if decision.apply else "skipped", {}
         if self._way_back is not None:
             action, rewind = "rewound", self._way_back[0]
-            more = {"rewind": len(self.rewinds) + 1, "to": rewind.to, "left_out": list(rewind.left_out)}
-        elif decision.rewind and not self._rewinds_left():
+            more = {"rewind": len(self.rewinds.done) + 1, "to": rewind.to, "left_out": list(rewind.left_out)}
+        elif decision.rewind and self.rewinds.used_up:
             action = "stopped"
         worst = {key: value for row in self.evidence["documents"][:1] for key, value in row.items() if key != "text"}
         return incident(step, decision, action=action, document=worst, **more)
-
-    def _find_way_back(self, step: Step) -> tuple[Rewind, Checkpoint] | None:
-        """To before the window that ends with the step; None if there is no checkpoint, or no rewind left."""
-        first = step.number + 1 - self.config.monitor.rewind_window
-        if first < 0 or not self._rewinds_left():
-            return None
-        beat("looking for a checkpoint to go back to")
-        checkpoint = self.saver.newest(until=first)
-        if checkpoint is None:
-            return None
-        number = self.stream.samples.skips.stream_number
-        left_out = number(self.plan.samples_before(first)), number(step.first_sample + step.samples - 1)
-        return Rewind(step.number + 1, checkpoint.manifest.step, left_out), checkpoint
-
-    def _rewinds_left(self) -> int:
-        return self.config.monitor.rewinds - len(self.rewinds)
 
     # ---- data
 
@@ -383,7 +366,7 @@ class Trainer:
             self.plan.data_phases(),
             seed=self.config.seed,
             boundaries=True,  # each document has a loss of its own, also where attention does not know of it
-            rewound=[rewind.left_out for rewind in self.rewinds],
+            rewound=[rewind.left_out for rewind in self.rewinds.done],
         )
 
     def _planned_faults(self) -> dict[int, str]:
