@@ -256,6 +256,7 @@ TOOLS = {
     "diff": "tell whether two runs are the same, or where they part",
     "incidents": "list the steps of a run that were out of the ordinary",
     "explain": "show what a step of a run was like, by taking it again from a checkpoint",
+    "reproduce": "test a claim about MuonClip by many small runs, with a verdict",
     "report": "make a page of one run, or of several side by side, whatever their state",
     "watch": "follow a run from another terminal",
 }

@@ -53,24 +53,30 @@ def write_page(page: Path, runs: Sequence[Run], *, x: str = "step") -> None:
 
 def render(runs: Sequence[Run], *, x: str = "step") -> str:
     """The report as HTML; see ``write_page``."""
-    folder = Path(__file__).parent
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     labels = _labels(runs)
-    return templates.get_template("page.html").render(
-        version=__version__,
-        runs=list(zip(labels, runs, strict=True)),
-        facts=_facts(runs),
-        warnings=[(label, list(warnings(run))) for label, run in zip(labels, runs, strict=True)],
-        sections=_sections(runs, labels, x),
-        settings=_settings(runs),
-        samples=[(label, _spread(run.samples, SAMPLES)) for label, run in zip(labels, runs, strict=True)],
-        box=charts,
-        x=x,
-        listed=LISTED,
-        incidents=[(label, _incidents(run)) for label, run in zip(labels, runs, strict=True) if run.incidents],
+    return (
+        templates()
+        .get_template("page.html")
+        .render(
+            version=__version__,
+            runs=list(zip(labels, runs, strict=True)),
+            facts=_facts(runs),
+            warnings=[(label, list(warnings(run))) for label, run in zip(labels, runs, strict=True)],
+            sections=_sections(runs, labels, x),
+            settings=_settings(runs),
+            samples=[(label, _spread(run.samples, SAMPLES)) for label, run in zip(labels, runs, strict=True)],
+            box=charts,
+            x=x,
+            listed=LISTED,
+            incidents=[(label, _incidents(run)) for label, run in zip(labels, runs, strict=True) if run.incidents],
+        )
     )
+
+
+def templates() -> jinja2.Environment:
+    """The files of this folder, in which text is escaped."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
