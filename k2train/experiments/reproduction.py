@@ -23,7 +23,8 @@ from typing import Any
 from k2train.experiments.statistics import interval
 from k2train.experiments.sweep import Row
 from k2train.report import Run
-from k2train.report.chart import Chart
+from k2train.report.chart import Chart, Series, running_mean
+from k2train.report.records import series
 
 Values = Mapping[int, float]  # of a number, by seed
 
@@ -169,3 +170,25 @@ def where(trials: Sequence[Trial], **settings: Any) -> list[Trial]:
     """Those with these settings; dots of the keys are written as two underscores, as in ``optim__lr=0.1``."""
     wanted = {key.replace("__", "."): value for key, value in settings.items()}
     return [trial for trial in trials if all(trial.settings[key] == value for key, value in wanted.items())]
+
+
+def curves(arms: Mapping[str, Sequence[Trial]], key: str, *, x: str = "step", window: int = 1) -> list[Series]:
+    """A number of the records of steps: a colour for each arm, a dash for each of its seeds.
+
+    Args:
+        arms: by the name that the legend has.
+        key: of the records.
+        x: ``step`` or ``tokens``.
+        window: records of a running mean.
+    """
+    return [
+        Series(
+            name=f"{name}, seed {trial.seed}",
+            x=series(trial.run.steps, x),
+            y=running_mean(series(trial.run.steps, key), window=window),
+            colour=colour,
+            dash=dash,
+        )
+        for colour, (name, trials) in enumerate(arms.items())
+        for dash, trial in enumerate(trials)
+    ]

@@ -13,7 +13,7 @@ class Interval:
     """A mean, and how far on either side the true one is to be sought."""
 
     mean: float
-    half: float  # NaN of a single value
+    half: float  # NaN of a single value, and where one is not finite
     number: int  # of values
 
     @property
@@ -41,7 +41,7 @@ def interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
     """
     number = len(values)
     mean = statistics.fmean(values)
-    if number < 2:
+    if number < 2 or not all(map(math.isfinite, values)):
         return Interval(mean, math.nan, number)
     deviation = statistics.stdev(values)
     return Interval(mean, t_quantile(confidence, number - 1) * deviation / math.sqrt(number), number)
