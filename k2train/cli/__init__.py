@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import k2train
 from k2train.cli.arguments import Arguments, read_arguments
-from k2train.cli.commands import COMMANDS, TOOLS, Command
+from k2train.cli.commands import COMMANDS, TOOLS, TRAIN, Command
 from k2train.cli.help import INSTALL, command_help, general_help
 from k2train.config import ConfigError, parse
 from k2train.paths import explain_oserror
@@ -52,6 +52,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if first in TOOLS:
             return _run_tool(first, rest)
+        if first == TRAIN.name and {"--multirun", "-m"} & set(rest):
+            return _run_tool("multirun", rest)
         return _run(COMMANDS[first], read_arguments(rest, COMMANDS[first].switches))
     except ConfigError as error:
         return _refuse(error.faults, USAGE)

@@ -73,7 +73,10 @@ TRAIN = Command(
         "the weights of another.\n"
         "\n"
         "Several processes, one for each GPU of a machine:\n"
-        "  torchrun --standalone --nproc_per_node N -m k2train train [overrides]"
+        "  torchrun --standalone --nproc_per_node N -m k2train train [overrides]\n"
+        "\n"
+        "A sweep, with a run for each combination of values (see k2train train --multirun --help):\n"
+        "  k2train train --multirun name=sweep optim.lr=0.01,0.02 seed=1,2,3"
     ),
     primary="train",
     groups=RUN_GROUPS,
@@ -258,5 +261,6 @@ TOOLS = {
     "explain": "show what a step of a run was like, by taking it again from a checkpoint",
     "reproduce": "test a claim about MuonClip by many small runs, with a verdict",
     "report": "make a page of one run, or of several side by side, whatever their state",
+    "table": "make a table and figures of a sweep, over seeds with intervals",
     "watch": "follow a run from another terminal",
 }

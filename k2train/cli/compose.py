@@ -11,13 +11,14 @@ import json
 import typing
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString, Transformer
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -79,6 +80,44 @@ def compose(command: Command, overrides: Sequence[str], own_dirs: Sequence[Path]
     return typing.cast(dict[str, Any], mapping)
 
 
+@dataclass(frozen=True)
+class Span:
+    """Numbers to search among."""
+
+    low: float
+    high: float
+    log: bool  # the logarithm is spread evenly
+
+
+def swept(word: str, own_dirs: Sequence[Path] = ()) -> list[str] | Span:
+    """What an override stands for in a sweep: one for each value that Hydra's grammar reads in it, or a span.
+
+    Args:
+        word: as ``optim.lr=0.01,0.02``, ``seed=range(1,4)``, ``model=glob(small*)``, ``optim.lr=interval(0.01,0.1)`` or
+            ``optim.lr=tag(log,interval(0.001,0.1))``; a text with a comma is to be quoted.
+        own_dirs: folders with options of one's own.
+    """
+    key = word.partition("=")[0]
+    try:
+        override: Override = OverridesParser.create().parse_override(word)
+    except HydraException:  # text, or a fault that compose will name
+        return [word]
+    value: Any = override._value  # value() would take quotes from text that is a word of its own
+    if isinstance(value, IntervalSweep):
+        return Span(float(value.start), float(value.end), log="log" in value.tags)
+    if isinstance(value, QuotedString):
+        return [f"{key}={value.text}"]
+    if not override.is_sweep_override():
+        return [word]
+    if isinstance(value, Glob):
+        return [f"{key}={name}" for name in value.filter(group_options(key, own_dirs))]
+    return [f"{key}={_element(element)}" for element in override.sweep_iterator()]
+
+
+def _element(element: Any) -> str:
+    return element.text if isinstance(element, QuotedString) else Transformer.str(element)
+
+
 def as_yaml(mapping: dict[str, Any]) -> str:
     """What ``--cfg job`` prints; it can be read back as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(mapping))
@@ -131,9 +170,7 @@ def _read_value(key: str, text: str, hint: Any) -> Any:
     except HydraException as error:
         raise ConfigError([f"{key}={text}: the value cannot be read: {_first_sentence(error)}"]) from error
     if override.is_sweep_override():
-        raise ConfigError(
-            [f"{key}={text}: give one value; a list is written [a,b], and several values are several runs"]
-        )
+        raise ConfigError([f"{key}={text}: give one value; a list is written [a,b], and --multirun makes several runs"])
     return override.value()
 
 

@@ -69,7 +69,14 @@ class _Place:
     def start(self, folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else None
         with open(RunPaths(folder).terminal, "ab") as output:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for us to hand on, once
+            )
         with contextlib.suppress(ProcessLookupError):  # it has ended at once
             os.sched_setaffinity(process.pid, self.cores)
         return process

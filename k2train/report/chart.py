@@ -36,6 +36,7 @@ class Series:
         dots: a few values, each marked.
         smooth: draw the running mean where there are many.
         dash: number of the line's style; 0 is solid.
+        spread: how far around each value its interval reaches; empty: there are none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Series:
     dots: bool = False
     smooth: bool = False
     dash: int = 0
+    spread: Values = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class Tile:
     height: float
     shade: float
     title: str
+    best: bool = False
 
 
 @dataclass(kw_only=True)
@@ -103,7 +106,7 @@ def line_chart(
     seen = [s for s in curves if np.isfinite(np.asarray(s.y, dtype=float)).any()]
     if not seen:
         return None
-    values = np.concatenate([np.asarray(s.y, dtype=float) for s in seen])
+    values = np.concatenate([np.asarray(end, dtype=float) for s in seen for end in _ends(s)])
     values = values[np.isfinite(values)]
     low, high = float(values.min()), float(values.max())
     for level in levels:
@@ -138,6 +141,10 @@ def line_chart(
         dots = [(across(a), down(b)) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
         marked = dots if curve.dots or len(dots) < 3 else []
         chart.lines.append(shown | {"path": path(x, y, across, down), "dots": marked})
+        if curve.spread:
+            whiskers = [(across(a), down(b), down(c)) for a, b, c in zip(curve.x, *_ends(curve), strict=True) if b < c]
+            bars = "".join(f"M{a:.1f} {b:.1f}V{c:.1f}" for a, b, c in whiskers)
+            chart.lines.append(shown | {"name": "", "path": bars, "dots": []})
         if many:
             smooth = running_mean(curve.y, window=max(3, len(curve.y) // 40))
             x_, y_ = thinned(curve.x, smooth)
@@ -198,6 +205,13 @@ def heat_map(title: str, unit: str, x: Values, rows: Sequence[tuple[str, Values]
         for c in sorted({0, reduced.shape[1] // 2, reduced.shape[1] - 1})
     ]
     return chart
+
+
+def _ends(curve: Series) -> tuple[Values, Values]:
+    """The lower and the upper ends of a curve's intervals; its values where it has none."""
+    spread = np.nan_to_num(np.asarray(curve.spread or np.zeros(len(curve.y)), dtype=float))
+    y = np.asarray(curve.y, dtype=float)
+    return (y - spread).tolist(), (y + spread).tolist()
 
 
 def _starts(number: int, most: int) -> list[int]:

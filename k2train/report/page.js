@@ -13,8 +13,10 @@ function nearest(xs, x) {
 }
 
 for (const figure of document.querySelectorAll("figure:has(script)")) {
-  const { first, last, series } = JSON.parse(figure.querySelector("script").textContent);
+  const { first, last, series, labels } = JSON.parse(figure.querySelector("script").textContent);
   const svg = figure.querySelector("svg"), cursor = svg.querySelector(".cursor"), output = figure.querySelector("output");
+
+  const told = (x) => labels ? labels[x] : x.toLocaleString("en");
 
   function show(event) {
     const bounds = svg.getBoundingClientRect();
@@ -25,8 +27,8 @@ for (const figure of document.querySelectorAll("figure:has(script)")) {
     const place = box.left + (at - first) / (last - first) * (box.right - box.left);
     cursor.setAttribute("d", `M${place} ${box.top}V${box.bottom}`);
     const values = found.map(({ x, y }, k) =>
-      `${series.length > 1 ? series[k].name + " " : ""}${y ?? "-"}${x === at ? "" : ` (at ${x.toLocaleString("en")})`}`);
-    output.textContent = `${unit} ${at.toLocaleString("en")}: ${values.join(", ")}`;
+      `${series.length > 1 ? series[k].name + " " : ""}${y ?? "-"}${x === at ? "" : ` (at ${told(x)})`}`);
+    output.textContent = `${unit} ${told(at)}: ${values.join(", ")}`;
   }
 
   svg.addEventListener("pointermove", show);
