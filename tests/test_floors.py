@@ -38,6 +38,8 @@ ONLY_IN = {
     "wandb": ["k2train.train.track_wandb"],
     "tensorboard": ["k2train.train.track_tensorboard"],
     "datasets": ["k2train.data"],
+    "submitit": ["k2train.experiments.slurm"],
+    "optuna": ["k2train.experiments.search", "k2train.cli.multirun"],
     "transformers": ["k2train.export.check"],
     "optim": [],  # the source root of muonclip: by this name it would be a second MuonClip
 }

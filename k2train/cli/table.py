@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> int:
         prog="k2train table",
         description=(
             "The settings in which the runs of a sweep differ, and their results: means over seeds with 95 %% "
-            "intervals of Student's t. Writes SWEEP/table.csv and SWEEP/table.html, which has figures too. The sweep may "
+            "intervals of Student's t. Writes SWEEP/table.csv and SWEEP/table.html, which has figures too. It may "
             "be finished, running or dead."
         ),
     )

@@ -118,3 +118,23 @@ def test_a_sweep_as_an_array(runner, slurm):
     job = slurm.submit("--array=1-2%1", "launch/slurm.sbatch", *common, **environment)
     until(lambda: not slurm.state(job))
     assert all((runner.runs / name / "summary.json").exists() for name in ("array-1", "array-2"))
+
+
+def test_a_sweep_by_submitit_outlives_who_submitted_it_and_its_time_limit(runner, slurm):
+    words = runner.settings("submitted", "validate.every=0", "track.log_every=1", "schedule.steps=60", "seed=1,2")
+    command = [sys.executable, "-m", "k2train", "train", "--multirun", "--jobs=2", "--slurm", "time=20", *words]
+    environment = {**runner.environment(), **slurm.environment}
+    folder = runner.runs / "submitted"
+    submitter = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    until(lambda: len(list(folder.glob("*/metrics.jsonl"))) == 2)
+    submitter.kill()
+    submitter.wait()
+    job = next(folder.glob("*/slurm_job")).read_text().strip()
+    slurm.call("scancel", "--signal=USR2", job)  # what SLURM does before the time limit
+    until(lambda: f"{job} PENDING" in slurm.call("squeue", "--noheader", "--array", "--format=%i %T").splitlines())
+    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # it would wait for two minutes
+    said = slurm.call(*command, **runner.environment())
+    assert "[2/2, " in said
+    assert len(list(folder.glob("*/summary.json"))) == 2
+    assert len(list((folder / "slurm").glob("*_submitted.pkl"))) == 2  # neither was submitted again
+    assert not list(folder.glob("*/slurm_job"))
