@@ -68,7 +68,7 @@ class _Place:
 
     def start(self, folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else None
-        with open(RunPaths(folder).terminal, "ab") as output:
+        with open(RunPaths(folder).terminal, "wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -61,7 +61,7 @@ class Task:
 
     Args:
         command: to run.
-        terminal: the file that what it prints is appended to.
+        terminal: the file for what it prints.
     """
 
     def __init__(self, command: Sequence[str], terminal: Path) -> None:
@@ -72,7 +72,7 @@ class Task:
         """Runs the command; returns its status."""
         # SLURM sends its signal to all processes of the job; this one alone is to hear it.
         before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        with open(self.terminal, "ab") as output:
+        with open(self.terminal, "wb") as output:
             process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         self._process = process.pid
         signal.signal(signal.SIGUSR2, before)
