@@ -104,7 +104,9 @@ def swept(word: str, own_dirs: Sequence[Path] = ()) -> list[str] | Span:
         return [word]
     value: Any = override._value  # value() would take quotes from text that is a word of its own
     if isinstance(value, IntervalSweep):
-        return Span(float(value.start), float(value.end), log="log" in value.tags)
+        assert value.start is not None
+        assert value.end is not None
+        return Span(value.start, value.end, log="log" in value.tags)
     if isinstance(value, QuotedString):
         return [f"{key}={value.text}"]
     if not override.is_sweep_override():

@@ -39,7 +39,9 @@ def slurm(folder: Path, jobs: int, parameters: Mapping[str, str | int]) -> Launc
     executor.update_parameters(job_name="k2train", array_parallelism=jobs, **parameters)
 
     def launch(commands: Mapping[Path, Sequence[str]]) -> Generator[tuple[Path, int]]:
-        waiting = {run: job for run in commands if (job := _submitted(run, folder)) is not None}
+        waiting: dict[Path, submitit.Job[int]] = {
+            run: found for run in commands if (found := _submitted(run, folder)) is not None
+        }
         fresh = [run for run in commands if run not in waiting]
         tasks = [Task(commands[run], RunPaths(run).terminal) for run in fresh]
         for run, job in zip(fresh, executor.map_array(Task.__call__, tasks), strict=True):
