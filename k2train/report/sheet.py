@@ -30,7 +30,7 @@ def write_sheet(page: Path, title: str, sections: Sequence[Section]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    found = templates().get_template("sheet.html").render(
-        version=__version__, title=title, sections=sections, box=charts
+    found = (
+        templates().get_template("sheet.html").render(version=__version__, title=title, sections=sections, box=charts)
     )
     atomic_write(page, found)

@@ -29,7 +29,7 @@ def test_values_are_read_by_hydras_grammar(word, values):
 def test_options_of_ones_own_are_among_those_of_a_glob(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").touch()
-    assert swept("model=glob(m*)", [tmp_path]) == ["model=mine", "model=moonlight-16b"]
+    assert "model=mine" in swept("model=glob(m*)", [tmp_path])
 
 
 def test_all_combinations_the_last_fastest():
