@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2train.config import CheckConfig, ExportConfig, ImportConfig, PlanConfig, RunConfig, WriteConfig
+from k2train.config import CheckConfig, ExportConfig, ImportConfig, PlanConfig, RehearseConfig, RunConfig, WriteConfig
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,29 @@ PLAN = Command(
     switches=("search", "json"),
 )
 
+REHEARSE = Command(
+    name="rehearse",
+    summary="play one rank of a run of any size, here and now, without GPUs, data and memory",
+    explanation=(
+        "Builds by the run's own code and DeepSpeed's what a rank of it would have, with a process group that has no\n"
+        "other ranks and tensors that have no memory: its experts, its parts of weights, masters and momenta (beside\n"
+        "what k2train plan says of them), the matrices that it orthogonalises, and the samples that it reads first.\n"
+        "What a launch would find out after hours in a queue, such as sizes that do not divide, it finds in a minute.\n"
+        "It takes the same overrides as plan. The exit status is 0 if the run can start and fits, else 1."
+    ),
+    primary="rehearse",
+    groups=(*RUN_GROUPS, "cluster"),
+    schema=RehearseConfig,
+    module="k2train.cli.rehearse",
+    common=(
+        ("experiment=k2", "a recipe; see docs/recipes.md"),
+        ("cluster=h800-2048", "the machine"),
+        ("cluster.nodes=128", "how many of its nodes"),
+        ("rank=17", "which of the processes, one for each device"),
+        ("parallel.zero_stage=2", "how the run is split, as for train"),
+    ),
+)
+
 GENERATE = Command(
     name="generate",
     summary="write text with a model that was trained",
@@ -250,7 +273,7 @@ VERIFY = Command(
 
 COMMANDS = {
     command.name: command
-    for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, PLAN, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
+    for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, PLAN, REHEARSE, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
 }
 
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.

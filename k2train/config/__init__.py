@@ -4,7 +4,7 @@
 ``compare`` says whether two configs are the same run.
 """
 
-from k2train.config.cluster import ClusterConfig, PlanConfig
+from k2train.config.cluster import ClusterConfig, PlanConfig, RehearseConfig
 from k2train.config.compare import Change, changed_settings, is_harmless, leaves, refuse_changes
 from k2train.config.data import DataConfig, DropConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
@@ -56,6 +56,7 @@ __all__ = [
     "PhaseConfig",
     "PlanConfig",
     "ProfileConfig",
+    "RehearseConfig",
     "RoleConfig",
     "RopeScalingConfig",
     "RunConfig",

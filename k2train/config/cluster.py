@@ -1,9 +1,9 @@
-"""The knobs of ``k2train plan``: a run's, and the machine that it is planned for."""
+"""The knobs of what is told of a run before it starts: the run's, and the machine that it is meant for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from k2train.config.rules import rule
 from k2train.config.schema import RunConfig
@@ -41,14 +41,10 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(RunConfig):
-    """All that decides a plan: a run, and where it would run."""
+class ClusterRunConfig(RunConfig):
+    """A run, and where it would run."""
 
     cluster: ClusterConfig = rule()
-    phase: str | None = rule()  # of schedule.phases that is planned alone; null: all
-    search: bool = rule()  # try other ways of splitting the run too, and rank those that fit
-    json: bool = rule()  # for programs, in the place of the page
-    picture: str | None = rule()  # a file to draw memory and time into, as SVG; null: none
 
     def check(self) -> Iterator[str]:
         """Sentences on fields that contradict each other."""
@@ -58,5 +54,38 @@ class PlanConfig(RunConfig):
                 f"train.device={self.train.device} but cluster.device={self.cluster.device}: "
                 "set train.device=auto, or choose another cluster"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(ClusterRunConfig):
+    """All that decides a plan."""
+
+    phase: str | None = rule()  # of schedule.phases that is planned alone; null: all
+    search: bool = rule()  # try other ways of splitting the run too, and rank those that fit
+    json: bool = rule()  # for programs, in the place of the page
+    picture: str | None = rule()  # a file to draw memory and time into, as SVG; null: none
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        yield from super().check()
         if self.phase is not None and self.phase not in self.schedule.parts():
             yield f"phase={self.phase} is none of the run's: they are {', '.join(self.schedule.parts())}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearseConfig(ClusterRunConfig):
+    """A run, and which of its processes is played."""
+
+    rank: int = rule(at_least=0)  # of cluster.nodes x cluster.devices_per_node
+
+    def check(self) -> Iterator[str]:
+        """Sentences on fields that contradict each other."""
+        yield from super().check()
+        if self.rank >= self.cluster.devices:
+            yield f"rank={self.rank} is none of the {self.cluster.devices} of the cluster: they begin with 0"
+        yield from self.check_world(self.cluster.devices)
+
+    def plan(self) -> PlanConfig:
+        """What ``k2train plan`` plans for the same run."""
+        same = {field.name: getattr(self, field.name) for field in fields(ClusterRunConfig)}
+        return PlanConfig(**same, phase=None, search=False, json=False, picture=None)

@@ -16,7 +16,7 @@ from muonclip.orthogonalize import cpu_multiplies_bfloat16
 from k2train.checkpoint import Checkpoint
 from k2train.comm import World
 from k2train.config import RunConfig
-from k2train.data import Tokenizer, TrainStream, build_stream, find_dataset, open_dataset
+from k2train.data import Dataset, Tokenizer, TrainStream, build_stream, find_dataset, open_dataset
 from k2train.data.phases import Skips
 from k2train.model import build_model, materialise
 from k2train.monitor import Decision, Drift, Monitor
@@ -93,7 +93,7 @@ class Trainer:
         self.dataset = open_dataset(manifest)
         # Of the first phase's length, so that they stay comparable.
         self._held_out = held_out_sets(self.dataset, _apart(config), sequence_length=config.train.sequence_length)
-        model_config = dataclasses.replace(config.model, vocab_size=self._vocab_size())
+        model_config = dataclasses.replace(config.model, vocab_size=vocabulary_size(config, self.dataset))
         start_deepspeed(world)
         parallel = expert_groups(world, size=config.parallel.expert_parallel)
         self._sequence_parallel = sequence_group(world, size=config.parallel.sequence_parallel)
@@ -125,6 +125,7 @@ class Trainer:
         self.engine = build_engine(config, self.model, self.optimizer, world=world, precision=self.precision)
         shards = zero.shards(self.engine.optimizer, {p: n for n, p in self.model.named_parameters()})
         zero.hand_over(self.engine.optimizer, self.optimizer, shards)
+        zero.check_weights(shards)
 
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
@@ -150,7 +151,7 @@ class Trainer:
             world,
             self.stream,
             self.plan,
-            vocab_size=self._vocab_size(),
+            vocab_size=vocabulary_size(config, self.dataset),
             progress=progress,
             hooks={
                 "meter": self.meter,
@@ -419,14 +420,20 @@ class Trainer:
         for line in self.plan.table(lr=self.config.optim.lr):
             self.say(line)
 
-    def _vocab_size(self) -> int:
-        wanted, there = self.config.model.vocab_size, self.dataset.padded_vocab_size
-        if wanted is not None and wanted < self.dataset.tokenizer.vocab_size:
-            raise RunError(
-                f"model.vocab_size={wanted} is less than the {self.dataset.tokenizer.vocab_size} tokens of the "
-                "tokenizer: raise it, or set it to null to follow the tokenizer"
-            )
-        return wanted or there
+
+def vocabulary_size(config: RunConfig, dataset: Dataset) -> int:
+    """Rows of the embedding: those of the config, or as the tokenizer has it.
+
+    Raises:
+        RunError: the tokenizer has more tokens than the model.
+    """
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < dataset.tokenizer.vocab_size:
+        raise RunError(
+            f"model.vocab_size={wanted} is less than the {dataset.tokenizer.vocab_size} tokens of the "
+            "tokenizer: raise it, or set it to null to follow the tokenizer"
+        )
+    return wanted or dataset.padded_vocab_size
 
 
 def _warned(record: Mapping[str, Any], warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

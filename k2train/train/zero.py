@@ -83,16 +83,17 @@ def shards(zero_optimizer: Any, names: Names) -> list[Shard]:
     return found
 
 
-def hand_over(zero_optimizer: Any, optimizer: MuonClip, held: list[Shard]) -> None:
-    """Tells the optimizer what it works on from now on, and checks that the weights agree with it."""
+def hand_over(
+    zero_optimizer: Any, optimizer: MuonClip, held: list[Shard], *, relief: Mapping[int, int] | None = None
+) -> None:
+    """Tells the optimizer what it works on from now on; ``relief`` as in ``MuonClip.shard``."""
     # Between steps, groups of stage 3 are empty: each tensor is put into its own for its update alone.
     emptied = isinstance(zero_optimizer, DeepSpeedZeroOptimizer_Stage3)
     if emptied:
         zero_optimizer._set_fp32_optimizer_param_groups()
-    optimizer.shard({shard.flat: shard.layout for shard in held})
+    optimizer.shard({shard.flat: shard.layout for shard in held}, relief=relief)
     if emptied:
         zero_optimizer._clear_fp32_optimizer_param_groups()
-    check_weights(held)
 
 
 def refresh_weights(zero_optimizer: Any, held: list[Shard]) -> None:

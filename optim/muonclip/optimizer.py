@@ -130,7 +130,7 @@ class MuonClip(torch.optim.Optimizer):
         for _, parameter in entries:
             self._create_state(parameter, param_group)
 
-    def shard(self, layouts: Mapping[Tensor, FlatLayout]) -> None:
+    def shard(self, layouts: Mapping[Tensor, FlatLayout], *, relief: Mapping[int, int] | None = None) -> None:
         """Goes over to flat shards: each group's ``params`` are now 1-D tensors that hold intervals of parameters.
 
         State is created anew, on the shards. ``step`` may then be called for all tensors or for some at a time (ZeRO
@@ -139,6 +139,8 @@ class MuonClip(torch.optim.Optimizer):
 
         Args:
             layouts: of each flat tensor in the groups.
+            relief: of each rank, the first rank of the smallest group that it shares out work in, where the caller
+                knows; None: the ranks tell each other.
 
         Raises:
             ValueError: a group has no tensor or one without a layout, or the layouts leave out a trained parameter or
@@ -173,7 +175,8 @@ class MuonClip(torch.optim.Optimizer):
                 raise ValueError(f"{name} is in no layout: it would never be trained")
         muon = [(flat, group) for flat, group in self.tensors() if group["algorithm"] == "muon"]
         works = [_work(flat, self._layouts[flat], group) for flat, group in muon]
-        self._exchanges = dict(zip((flat for flat, _ in muon), plan_exchanges(works, self._split), strict=True))
+        exchanges = plan_exchanges(works, self._split, relief=relief)
+        self._exchanges = dict(zip((flat for flat, _ in muon), exchanges, strict=True))
 
     def tensors(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """All that is updated, each tensor with its group; also shards that ``params`` lacks between steps (ZeRO-3)."""

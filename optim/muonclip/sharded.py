@@ -40,25 +40,38 @@ class Work:
     buffer_bytes: int  # that may be held for it
 
 
-def plan_exchanges(works: Sequence[Work], split: Mapping[str, Sequence[int]]) -> list[Exchange]:
+def plan_exchanges(
+    works: Sequence[Work], split: Mapping[str, Sequence[int]], *, relief: Mapping[int, int] | None = None
+) -> list[Exchange]:
     """The exchanges of all layouts of this process, with work that is even in sum; called by all ranks together.
+
+    Args:
+        works: of each layout.
+        split: see ``Plan``.
+        relief: see ``MuonClip.shard``.
 
     Raises:
         ValueError: see ``Plan``.
     """
     members = [_global_ranks(work.layout) for work in works]
-    relief: dict[int, int] = {}
-    if len({len(ranks) for ranks in members}) > 1:
-        largest = max(range(len(works)), key=lambda n: len(members[n]))
-        smallest: list[int] = [0] * len(members[largest])
-        dist.all_gather_object(smallest, min(members, key=len)[0], group=works[largest].layout.group)
-        relief = dict(zip(members[largest], smallest, strict=True))
+    if relief is None:
+        relief = _smallest_groups(works, members)
     tasks = [
         Task(work.layout.pieces_by_rank, ranks, work.cost, work.buffer_bytes // work.dtype.itemsize)
         for work, ranks in zip(works, members, strict=True)
     ]
     plans = plan_together(tasks, split=split, relief=relief, load={})
     return [Exchange(work.layout, plan, dtype=work.dtype) for work, plan in zip(works, plans, strict=True)]
+
+
+def _smallest_groups(works: Sequence[Work], members: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Of each rank, the first one of its smallest group; nothing where all groups are of one size."""
+    if len({len(ranks) for ranks in members}) <= 1:
+        return {}
+    largest = max(range(len(works)), key=lambda n: len(members[n]))
+    smallest: list[int] = [0] * len(members[largest])
+    dist.all_gather_object(smallest, min(members, key=len)[0], group=works[largest].layout.group)
+    return dict(zip(members[largest], smallest, strict=True))
 
 
 def _global_ranks(layout: FlatLayout) -> list[int]:
