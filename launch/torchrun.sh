@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Trains on one host or on several, one process for each GPU. What follows the name are overrides of `k2train train`.
+# Trains on one host or on several, one process for each GPU. What follows the name are overrides of `k2train train`; a
+# first word without = is another command, which is not started again after it failed.
 #
 #   launch/torchrun.sh name=big experiment=...                               one host
 #   NODES=4 HEAD=host0:29400 launch/torchrun.sh name=big experiment=...      the same command on each of four
+#   launch/torchrun.sh doctor name=big experiment=...                        looks at the machines first
 #
 # NODES      hosts (1). MIN:MAX starts as soon as MIN are there, and starts again when one is lost or comes
 # HEAD       host:port at which they find each other: one of them, and a port of it that is free and open to the others
@@ -10,6 +12,12 @@
 # RESTARTS   how often all processes start again after one has failed (3)
 set -euo pipefail
 
+command=train
+if [[ "${1:-=}" != *=* && "$1" != -* ]]; then
+    command=$1
+    shift
+    RESTARTS=0
+fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
 if [ "${NODES:-1}" = 1 ]; then
@@ -22,4 +30,4 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(nproc) / processes) > 0 ? cores : 1))}
 # SIGUSR1 is SLURM's word before a time limit. A step is finished and saved before anybody goes: that may take a while.
 exec torchrun "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 280 -m k2train train "$@"
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 280 -m k2train "$command" "$@"

@@ -27,6 +27,7 @@ FLOORS = {
     "k2train.generate": 2,
     "k2train.report": 2,
     "k2train.experiments": 3,
+    "k2train.doctor": 3,
     "k2train.cli": 4,
     "k2train.__main__": 5,
 }

@@ -121,6 +121,27 @@ AUDIT = Command(
     ),
 )
 
+DOCTOR = Command(
+    name="doctor",
+    summary="check the machines of a run, on every rank: what differs, is slow, wrong or out of reach",
+    explanation=(
+        "Looks, on all ranks together, at what a run stumbles over: versions, devices, shared memory, limits, the\n"
+        "network and which rank is slow on it, clocks, whether runs_dir and the cache are one folder for all ranks and\n"
+        "have room, the data. Each verdict (ok, warning, fails) comes with a remedy. The exit status is 1 if something\n"
+        "fails. It takes the same overrides as train, and is started in the same way:\n"
+        "  launch/torchrun.sh doctor [overrides]"
+    ),
+    primary="train",
+    groups=RUN_GROUPS,
+    schema=RunConfig,
+    module="k2train.cli.doctor",
+    common=(
+        ("experiment=1b", "the run that is to be started: all its overrides"),
+        ("runs_dir=/shared/runs", "the folder that all ranks must see"),
+        ("data.prepared=DIR", "the data that is looked at"),
+    ),
+)
+
 PLAN = Command(
     name="plan",
     summary="tell what a run would take: memory, traffic, time and money, before it costs anything",
@@ -273,7 +294,7 @@ VERIFY = Command(
 
 COMMANDS = {
     command.name: command
-    for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, PLAN, REHEARSE, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
+    for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, DOCTOR, PLAN, REHEARSE, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
 }
 
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from k2train.data.dataset import Dataset, Span, TokenStream, Windows, open_dataset
     from k2train.data.errors import DataError
     from k2train.data.phases import DataPhase
-    from k2train.data.preparation import Progress, prepare
+    from k2train.data.preparation import Progress, find_prepared, prepare
     from k2train.data.stream import Trace, TrainStream, build_stream
     from k2train.data.tokenizer import Tokenizer
 
@@ -35,6 +35,7 @@ __all__ = [
     "build_stream",
     "compressed_sizes",
     "find_dataset",
+    "find_prepared",
     "open_dataset",
     "prepare",
 ]
@@ -54,6 +55,7 @@ _HOMES = {
     "build_stream": "stream",
     "compressed_sizes": "compression",
     "find_dataset": "cache",
+    "find_prepared": "preparation",
     "open_dataset": "dataset",
     "prepare": "preparation",
 }

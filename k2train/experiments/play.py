@@ -23,7 +23,14 @@ from k2train.comm import World, close_world
 from k2train.config import RunConfig
 from k2train.model import ExpertParallel, Transformer, build_model
 from k2train.train import zero
-from k2train.train.engine import PRECISIONS, build_clip, build_engine, build_optimizer, deepspeed_config, start_deepspeed
+from k2train.train.engine import (
+    PRECISIONS,
+    build_clip,
+    build_engine,
+    build_optimizer,
+    deepspeed_config,
+    start_deepspeed,
+)
 from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.sequence import sequence_group
 
@@ -50,7 +57,9 @@ def played(rank: int, *, size: int, local_size: int, device: str) -> Iterator[Wo
         device: of the run; nothing is computed on it.
     """
     local_rank = rank % local_size
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size)
+    )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield World(rank, size, local_rank, local_size, torch.device(device))

@@ -86,9 +86,7 @@ def rehearse(config: RehearseConfig, *, precision: str, dataset: Dataset | None)
         notes.append("data.order.packing: which documents share a window only the data tells; windows are cut evenly")
     stream = build_stream(data, config.data, plan.data_phases(), seed=config.seed, boundaries=False)
     cluster = config.cluster
-    with played(
-        config.rank, size=cluster.devices, local_size=cluster.devices_per_node, device=cluster.device
-    ) as world:
+    with played(config.rank, size=cluster.devices, local_size=cluster.devices_per_node, device=cluster.device) as world:
         found = build_slice(config, world=world, precision=precision)
         owned, loads = _owned(found)
         first = found.experts.first_expert(config.model.n_routed_experts)

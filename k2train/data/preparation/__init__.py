@@ -4,6 +4,6 @@
 reads the text again and writes shards; ``pipeline`` joins them, and ``workers`` shares them out.
 """
 
-from k2train.data.preparation.pipeline import Progress, prepare
+from k2train.data.preparation.pipeline import Progress, find_prepared, prepare
 
-__all__ = ["Progress", "prepare"]
+__all__ = ["Progress", "find_prepared", "prepare"]

@@ -74,9 +74,7 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
 
         return find_dataset(config.prepared, cache=cache, limit=config.cache_bytes)
     with os_errors_explained(cache):
-        sources = located(config)
-        corpora = {name: find_corpus(source, name, apart_from=cache) for name, source in sources.items()}
-        folder = cache / "data" / f"{'+'.join(corpora)}-{_key(config, sources, corpora)}"
+        sources, corpora, folder = _place(config, cache)
         manifest_path = folder / MANIFEST_NAME
         if manifest_path.is_file():
             return manifest_path
@@ -87,6 +85,24 @@ def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
                 _remove_leftovers(folder, manifest)
                 write_manifest(folder, manifest)
     return manifest_path
+
+
+def find_prepared(config: DataConfig, *, cache: Path) -> Path | None:
+    """The manifest of what ``prepare`` has made of ``config``; None: it has not.
+
+    Raises:
+        DataError: its text cannot be found.
+    """
+    with os_errors_explained(cache):
+        path = _place(config, cache)[2] / MANIFEST_NAME
+        return path if path.is_file() else None
+
+
+def _place(config: DataConfig, cache: Path) -> tuple[dict[str, SourceConfig], dict[str, Corpus], Path]:
+    """The sources, what they hold, and the folder of the data set."""
+    sources = located(config)
+    corpora = {name: find_corpus(source, name, apart_from=cache) for name, source in sources.items()}
+    return sources, corpora, cache / "data" / f"{'+'.join(corpora)}-{_key(config, sources, corpora)}"
 
 
 def _key(config: DataConfig, sources: Mapping[str, SourceConfig], corpora: Mapping[str, Corpus]) -> str:
