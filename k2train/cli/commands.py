@@ -126,9 +126,9 @@ DOCTOR = Command(
     summary="check the machines of a run, on every rank: what differs, is slow, wrong or out of reach",
     explanation=(
         "Looks, on all ranks together, at what a run stumbles over: versions, devices, shared memory, limits, the\n"
-        "network and which rank is slow on it, clocks, whether runs_dir and the cache are one folder for all ranks and\n"
-        "have room, the data. Each verdict (ok, warning, fails) comes with a remedy. The exit status is 1 if something\n"
-        "fails. It takes the same overrides as train, and is started in the same way:\n"
+        "network and which rank is slow on it, clocks, whether runs_dir and the cache are one folder for all ranks\n"
+        "and have room, the data. Each verdict (ok, warning, fails) comes with a remedy. The exit status is 1 if\n"
+        "something fails. It takes the same overrides as train, and is started in the same way:\n"
         "  launch/torchrun.sh doctor [overrides]"
     ),
     primary="train",

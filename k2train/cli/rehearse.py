@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from k2train.cli.plan import parts
-from k2train.config import RehearseConfig
+from k2train.config import ConfigError, RehearseConfig
 from k2train.paths import cache_dir
 from k2train.plan.estimate import Estimate, estimate, with_vocabulary
 from k2train.status import FAILED, OK
@@ -34,6 +34,8 @@ def run(config: RehearseConfig) -> int:
     """
     try:
         return _rehearse(config)
+    except ConfigError:
+        raise
     except ValueError as error:  # of the data, the run or the optimizer
         print(f"k2train: error: {error}", file=sys.stderr)
         return FAILED
@@ -111,7 +113,8 @@ def _owned(played: Rehearsal) -> Iterator[str]:
         yield "No matrices: AdamW updates each rank's part by itself"
         return
     yield "Matrices to orthogonalise, and bytes sent for them in a step"
-    yield f"  {'role':<10} {'shared by':>10} {'this rank':>10} {'least':>7} {'most':>7} {'rounds':>7} {'sent':>9} {'most':>9}"
+    columns = f"{'shared by':>10} {'this rank':>10} {'least':>7} {'most':>7} {'rounds':>7} {'sent':>9} {'most':>9}"
+    yield f"  {'role':<10} {columns}"
     for row in played.owned:
         yield (
             f"  {row.role:<10} {row.shared_by:>10,} {row.here:>10,} {row.least:>7,} {row.most:>7,} {row.rounds:>7,} "

@@ -68,7 +68,7 @@ def versions() -> dict[str, str]:
     if torch.version.cuda is not None:
         found["CUDA"] = torch.version.cuda
         if dist.is_nccl_available():  # type: ignore[no-untyped-call]
-            found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+            found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 

@@ -108,12 +108,12 @@ def network(networks: Sequence[Network | None], machines: Sequence[Machine]) -> 
     if not found:
         return Verdict("network", OK, "one process alone")
     reduce, exchange = min(one.all_reduce for one in found), min(one.all_to_all for one in found)
-    together = f"all-reduce {count(reduce)}B/s, all-to-all {count(exchange)}B/s of a rank"
+    together = f"all-reduce {memory(reduce)}/s, all-to-all {memory(exchange)}/s of a rank"
     pairs = _speed(
         "network",
         [one.pair for one in found],
         machines,
-        lambda rate: f"{count(rate)}B/s in pairs",
+        lambda rate: f"{memory(rate)}/s in pairs",
         "its cable and port",
     )
     return Verdict("network", pairs.verdict, f"{together}; {pairs.said}", pairs.remedy)
@@ -154,7 +154,7 @@ def folder(about: str, found: Sequence[Folder], machines: Sequence[Machine], *, 
         return Verdict(about, FAILS, said, "free some space, or give another folder")
     rated = [rank for rank, one in enumerate(found) if one.rate is not None]
     rates = [one.rate for one in found if one.rate is not None]
-    speed = _speed(about, rates, machines, lambda rate: f"{count(rate)}B/s written", "its mount and its network", rated)
+    speed = _speed(about, rates, machines, lambda rate: f"{memory(rate)}/s written", "its mount and its network", rated)
     return Verdict(about, speed.verdict, f"{path}: {memory(free)} free; {speed.said}", speed.remedy)
 
 

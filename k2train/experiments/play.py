@@ -1,7 +1,7 @@
 """One process in the part of any rank of a run: the run's own code and DeepSpeed's, without other ranks and memory.
 
-Collectives go to torch's fake process group, which has as many ranks as one likes and hands nothing on. Tensors are fake
-ones, which have shape, dtype and storage but no numbers.
+Collectives go to torch's fake process group, which has as many ranks as one likes and hands nothing on. Tensors are
+fake ones, which have shape, dtype and storage but no numbers.
 """
 
 from __future__ import annotations
@@ -119,4 +119,4 @@ def _give_fake_storage(model: Transformer) -> None:
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
     # It lies where DeepSpeed wants it already, and torch cannot swap fake parameters even for themselves.
     stay: Callable[..., Transformer] = lambda *args, **kwargs: model  # noqa: E731
-    model.to = stay  # type: ignore[method-assign, assignment]
+    model.to = stay  # type: ignore[method-assign]
