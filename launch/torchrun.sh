@@ -16,7 +16,7 @@ command=train
 if [[ "${1:-=}" != *=* && "$1" != -* ]]; then
     command=$1
     shift
-    RESTARTS=0
+    [ "$command" = train ] || RESTARTS=0
 fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}

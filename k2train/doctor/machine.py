@@ -67,8 +67,8 @@ def versions() -> dict[str, str]:
     found["k2train"] = own["version"] + (f" ({own['commit'][:12]})" if "commit" in own else "")
     if torch.version.cuda is not None:
         found["CUDA"] = torch.version.cuda
-        if dist.is_nccl_available():  # type: ignore[no-untyped-call]
-            found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if dist.is_nccl_available():
+            found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return found
 
 
