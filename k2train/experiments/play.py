@@ -7,7 +7,7 @@ fake ones, which have shape, dtype and storage but no numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +117,9 @@ def _give_fake_storage(model: Transformer) -> None:
             setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+    def stay(*_: object, **__: object) -> Transformer:
+        return model
+
     # It lies where DeepSpeed wants it already, and torch cannot swap fake parameters even for themselves.
-    stay: Callable[..., Transformer] = lambda *args, **kwargs: model  # noqa: E731
     model.to = stay  # type: ignore[method-assign]

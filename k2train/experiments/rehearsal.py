@@ -118,6 +118,7 @@ def _held(found: Slice) -> dict[str, int]:
 
 
 def _storage(tensors: Iterable[Tensor]) -> int:
+    # By the storage itself: fake ones have no address.
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 

@@ -11,9 +11,10 @@ import pytest
 from k2train.cli import main
 from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
-from k2train.config import DataConfig, parse
-from k2train.data import DataPhase, build_stream
+from k2train.config import DataConfig, RunConfig, parse
+from k2train.data import DataPhase, build_stream, open_dataset, prepare
 from k2train.experiments.stand_in import stand_in
+from k2train.train.phases import build_plan
 from tests.plan.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,23 @@ def test_what_a_launch_would_find_out(words, sentence, capsys):
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
+
+
+@pytest.mark.full
+def test_data_that_is_there_is_walked_as_it_is(tmp_path):
+    own = ["data=folder", f"data.path={ROOT / 'k2train' / 'doctor'}", "data.tokenizer.vocab_size=300"]
+    manifest = prepare(parse(DataConfig, compose(TRAIN, own)["data"]), cache=tmp_path, progress=lambda *args: None)
+    there = ["data=prepared", f"data.prepared={manifest.parent}"]
+    result = rehearse("experiment=tiny", *there, *SPLIT, "rank=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    config = parse(RunConfig, compose(TRAIN, ["experiment=tiny", *there]))
+    phases = build_plan(config).data_phases()
+    stream = build_stream(open_dataset(manifest), config.data, phases, seed=config.seed, boundaries=False)
+    assert "Samples that this rank reads, of the data\n" in result.stdout
+    assert f"1 of folder; the first is sample 9, window {stream.samples.find(9).window}\n" in result.stdout
+    refused = rehearse("experiment=tiny", *there, *SPLIT, "model.vocab_size=256")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("k2train: error: model.vocab_size=256 is less than the")
 
 
 def test_data_that_stands_in_feeds_the_whole_run_once():
