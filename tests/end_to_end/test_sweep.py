@@ -1,15 +1,18 @@
 """Real sweeps by the command line."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+CONFIG = Path(__file__).parents[2] / "k2train" / "config"
 SMALL = [
-    *("schedule.steps=8", "checkpoint.every=2", "validate.every=0", "validate.tokens=256", "generate.max_tokens=4"),
+    *("schedule.steps=6", "checkpoint.every=2", "validate.every=0", "validate.tokens=256", "generate.max_tokens=4"),
     *("train.global_batch_size=4", "train.micro_batch_size=4", "train.sequence_length=32"),
     *("model.num_hidden_layers=2", "model.n_routed_experts=4", "model.hidden_size=32"),
 ]
@@ -17,9 +20,12 @@ GRID = ["optim.lr=0.01,0.02", "model.qk_rope_head_dim=8,16", "seed=1,2,3"]
 
 
 def start(runner, name):
-    words = runner.settings(name, *SMALL, *GRID)
+    text = runner.folder / "text"  # that nobody changes meanwhile
+    if not text.exists():
+        shutil.copytree(CONFIG, text)
+    words = runner.settings(name, *SMALL, *GRID, f"data.path={text}")
     return subprocess.Popen(
-        [sys.executable, "-m", "k2train", "train", "--multirun", "--jobs=2", *words],
+        [sys.executable, "-m", "k2train", "train", "--multirun", "--jobs=4", *words],
         env=runner.environment(),
         cwd=runner.folder,
         stdout=subprocess.PIPE,
