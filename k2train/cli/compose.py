@@ -96,6 +96,9 @@ def swept(word: str, own_dirs: Sequence[Path] = ()) -> list[str] | Span:
         word: as ``optim.lr=0.01,0.02``, ``seed=range(1,4)``, ``model=glob(small*)``, ``optim.lr=interval(0.01,0.1)`` or
             ``optim.lr=tag(log,interval(0.001,0.1))``; a text with a comma is to be quoted.
         own_dirs: folders with options of one's own.
+
+    Raises:
+        ConfigError: no option matches a glob.
     """
     key = word.partition("=")[0]
     try:
@@ -112,7 +115,9 @@ def swept(word: str, own_dirs: Sequence[Path] = ()) -> list[str] | Span:
     if not override.is_sweep_override():
         return [word]
     if isinstance(value, Glob):
-        return [f"{key}={name}" for name in value.filter(group_options(key, own_dirs))]
+        if not (names := value.filter(options := group_options(key, own_dirs))):
+            raise ConfigError([f"{word}: no option matches; the options are {', '.join(options)}"])
+        return [f"{key}={name}" for name in names]
     return [f"{key}={_element(element)}" for element in override.sweep_iterator()]
 
 

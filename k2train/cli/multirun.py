@@ -147,8 +147,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--slurm",
-        nargs="?",
-        const="",
         metavar="KEY=VALUE,...",
         help="as jobs of a SLURM cluster, with settings of sbatch, as in partition=gpu,time=600,gpus_per_node=1",
     )

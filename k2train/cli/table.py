@@ -57,9 +57,8 @@ def show_table(folder: Path, rows: Sequence[Row], results: Sequence[str] = RESUL
         shown.add_row(*cells)
     console_for_tables().print(shown, markup=False)
     atomic_write(folder / "table.csv", table.as_csv())
-    labelled = [(cells[0], cells[1:]) for cells in lines]
     sections = [
-        Section(title="Results", head=head[1:], rows=labelled),
+        Section(title="Results", head=head, rows=[("", cells) for cells in lines]),
         Section(title="Figures", charts=figures(table)),
     ]
     write_sheet(folder / "table.html", folder.name, [s for s in sections if s.rows or s.charts])

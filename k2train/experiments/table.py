@@ -117,7 +117,7 @@ def _curves(table: Table, result: str, across: str, places: Sequence[str], other
                 dots=True,
             )
         )
-    return named_lines(result.replace("_", " "), f"over {across}", places, curves)
+    return named_lines(result.replace("_", " "), f"over {across}", [_label(place) for place in places], curves)
 
 
 def _map(table: Table, result: str, keys: tuple[str, str], places: Mapping[str, Sequence[str]]) -> Chart | None:
@@ -126,8 +126,9 @@ def _map(table: Table, result: str, keys: tuple[str, str], places: Mapping[str, 
     rows = []
     for row in places[down]:
         means = [found.get((row, column)) for column in places[across]]
-        rows.append((row, [math.nan if mean is None else mean.mean for mean in means]))
-    return named_tiles(result.replace("_", " "), f"{down} down, {across} across", places[across], rows)
+        rows.append((_label(row), [math.nan if mean is None else mean.mean for mean in means]))
+    columns = [_label(place) for place in places[across]]
+    return named_tiles(result.replace("_", " "), f"{down} down, {across} across", columns, rows)
 
 
 def _values(table: Table, key: str) -> list[str]:
@@ -146,6 +147,14 @@ def _said(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "default" if value is None else str(value)
+
+
+def _label(said: str) -> str:
+    """For the axis of a figure, where there is no room for all digits."""
+    try:
+        return f"{float(said):.3g}"
+    except ValueError:
+        return said
 
 
 def _written(value: float | None) -> str:

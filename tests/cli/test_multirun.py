@@ -48,6 +48,7 @@ def test_all_combinations_the_last_fastest():
         (["train.threads=1,2", "--trials", "2"], "train.threads leaves what is learnt as it is"),
         (["seed=1,2", "--slurm", "tiem=5"], "--slurm tiem=5: "),
         (["optim.lr=0.01,-1"], "optim.lr=-1"),
+        (["model=glob(x*)"], "model=glob(x*): no option matches; the options are 100m, "),
     ],
 )
 def test_a_wrong_word_ends_it_before_a_run_is_started(words, sentence, tmp_path, capsys):
