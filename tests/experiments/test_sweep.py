@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from k2train.cli import main
 from k2train.cli.multirun import run_config
 from k2train.config import RunConfig, parse, to_dict
 from k2train.experiments.launch import local
@@ -111,6 +112,19 @@ def test_a_sweep_that_is_killed_leaves_what_the_next_start_waits_for(tmp_path):
     rows = sweep(tmp_path, slow).run(local(2), tell=print)
     assert [row.state for row in rows] == ["finished", "finished"]
     assert starts(tmp_path) == [1, 2]
+
+
+def test_from_the_command_line_with_a_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("k2train.experiments.sweep.TRAIN", COMMAND)
+    words = ["--jobs=2", f"runs_dir={tmp_path}", "name=s", "seed=1", "optim.lr=interval(0.01,0.1)"]
+    for trials in (1, 3):
+        assert main(["train", "-m", f"--trials={trials}", *words]) == 0
+    assert starts(tmp_path / "s") == [1, 1, 1]
+    rates = [row.settings["optim.lr"] for row in read_rows(tmp_path / "s")]
+    assert len(set(rates)) == 3
+    assert all(0.01 <= rate <= 0.1 for rate in rates)
+    assert len((tmp_path / "s" / "table.csv").read_text().splitlines()) == 1 + 3
+    assert str(tmp_path / "s" / "table.html") in capsys.readouterr().out
 
 
 def test_a_launcher_that_is_closed_stops_its_processes(tmp_path):
