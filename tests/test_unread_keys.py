@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from k2train.config import CheckConfig, ExportConfig, ImportConfig, PlanConfig, RehearseConfig, WriteConfig, key_types
+from k2train.config import (
+    CheckConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
+    PlanConfig,
+    RehearseConfig,
+    WriteConfig,
+    key_types,
+)
 
 PACKAGE = Path(__file__).parents[1] / "k2train"
 # Names under which code holds a group of the config other than the group's own.
@@ -40,7 +49,7 @@ def test_every_key_is_read():
     found = reads(path for path in PACKAGE.rglob("*.py") if apart not in path.parents)
     if ("schedule", "parts") in found:  # where a schedule without phases becomes one phase
         found |= {("schedule", key) for holder, key in found if holder == "part"} | {("schedule", "phases")}
-    schemas = (PlanConfig, RehearseConfig, WriteConfig, CheckConfig, ExportConfig, ImportConfig)
+    schemas = (PlanConfig, RehearseConfig, WriteConfig, EvaluateConfig, CheckConfig, ExportConfig, ImportConfig)
     assert unread({key: hint for schema in schemas for key, hint in key_types(schema).items()}, found) == set()
 
 

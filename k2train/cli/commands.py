@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2train.config import CheckConfig, ExportConfig, ImportConfig, PlanConfig, RehearseConfig, RunConfig, WriteConfig
+from k2train.config import (
+    CheckConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
+    PlanConfig,
+    RehearseConfig,
+    RunConfig,
+    WriteConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,31 @@ GENERATE = Command(
     argument="run",
 )
 
+EVALUATE = Command(
+    name="evaluate",
+    summary="tell how good a trained model is, on any prepared text",
+    explanation=(
+        "Reads held-out text with the newest checkpoint of a run, with one checkpoint, or with a folder in Hugging\n"
+        "Face's format, and tells loss and bits per byte of each source, how often the model knows the next line\n"
+        "among four, and how much of what it writes parses as Python. See docs/how-to/evaluate.md."
+    ),
+    primary="evaluate",
+    groups=(),
+    schema=EvaluateConfig,
+    module="k2train.cli.evaluate",
+    common=(
+        ("run=runs/first", "the folder of the run, of a checkpoint, or of an exported model"),
+        ("data=DIR", "what prepare has made of other text by the model's tokenizer"),
+        ("tokens=100000", "of each source, where all would take too long"),
+        ("sequence_length=1024", "longer or shorter windows than the run was validated with"),
+        ("questions=0", "do not ask for next lines"),
+        ("samples=0", "do not sample"),
+        ("tasks=DIR", "write questions and text for lm-evaluation-harness"),
+    ),
+    argument="run",
+    switches=("json",),
+)
+
 EXPORT = Command(
     name="export",
     summary="write a checkpoint in Hugging Face's format",
@@ -294,7 +328,10 @@ VERIFY = Command(
 
 COMMANDS = {
     command.name: command
-    for command in (PREPARE, DATA_SHOW, TRAIN, AUDIT, DOCTOR, PLAN, REHEARSE, GENERATE, EXPORT, IMPORT, INSPECT, VERIFY)
+    for command in (
+        *(PREPARE, DATA_SHOW, TRAIN, AUDIT, DOCTOR, PLAN, REHEARSE),
+        *(GENERATE, EVALUATE, EXPORT, IMPORT, INSPECT, VERIFY),
+    )
 }
 
 # Commands without a config of their own; they take options, as in `k2train data trace runs/first --step 5`.

@@ -130,6 +130,7 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     beat("starting DeepSpeed")
     import_deepspeed(config.train.device)
     from k2train.cli.samples import Samples
+    from k2train.cli.suite import Suite
     from k2train.report import read_run, write_page
     from k2train.train.errors import TooManyRewinds
     from k2train.train.incidents import Incidents
@@ -146,7 +147,8 @@ def _train(config: RunConfig, paths: RunPaths, streams: Quiet, signals: Signals,
     )
     beat("building the model")
     samples = Samples(config.generate, paths.samples, every=config.generate.every)
-    hooks = [terminal, samples, Profiler(config.profile.steps, paths.profile), *own]
+    suite = Suite(config.validate, config.generate)
+    hooks = [terminal, samples, suite, Profiler(config.profile.steps, paths.profile), *own]
     if world.main:
         tracker = build_tracker(config.track, to_dict(config), folder=paths.root, name=config.name, say=terminal.say)
         hooks += [MetricsFile(paths.metrics, say=terminal.say), Incidents(paths.incidents, say=terminal.say), tracker]

@@ -188,6 +188,8 @@ class ValidateConfig:
     every: int = rule(at_least=0)  # steps; 0: only at the end
     tokens: int = rule(at_least=1)  # of each set, during the run; at the end all of it is read
     data: dict[str, str] = rule()  # sets that were prepared apart: by name a folder or URL, as data.prepared
+    questions: int = rule(at_least=0, default=0)  # which line comes next, of the run's held-out text; 0: none
+    samples: int = rule(at_least=0, default=0)  # texts, of which is told how much parses as Python; 0: none
 
     def check(self) -> Iterator[str]:
         """Sentences on names that metrics cannot have."""
@@ -404,6 +406,25 @@ class WriteConfig:
     precision: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
     device: str = rule(one_of=("auto", "cpu", "cuda"))
     generate: GenerateConfig = rule()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """All that decides what ``k2train evaluate`` reads and tells."""
+
+    run: str = rule()  # the folder of a run, whose newest checkpoint is taken, of a checkpoint, or of an export
+    data: str | None = rule()  # folder or URL of a prepared data set; null: what the run was validated on
+    split: str = rule(one_of=("held_out", "train"))
+    tokens: int | None = rule(at_least=1)  # of each source, evenly spread; null: all
+    sequence_length: int | None = rule(at_least=2)  # tokens; null: as the run was validated
+    batch_size: int = rule(at_least=1)  # sequences at once
+    questions: int = rule(at_least=0)  # which line comes next; 0: none
+    samples: int = rule(at_least=0)  # texts, of which is told how much parses as Python; 0: none
+    generate: GenerateConfig = rule()  # how they are sampled
+    tasks: str | None = rule()  # a folder for the text and the questions as tasks of lm-evaluation-harness; null: none
+    json: bool = rule()  # print JSON
+    precision: str = rule(one_of=("auto", "fp32", "bf16"))  # auto: bf16 on a GPU, fp32 on a CPU
+    device: str = rule(one_of=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True, kw_only=True)

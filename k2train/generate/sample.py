@@ -94,12 +94,7 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, config: GenerateConfig
     All ranks of an expert-parallel or sharded model must call it together; they agree on every token. The same seed
     gives the same text.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        pieces = [piece for _, piece in sample_texts(FullPasses(model, device), tokenizer, [config.prompt], config)]
-    finally:
-        model.train(was_training)
+    pieces = [piece for _, piece in sample_texts(FullPasses(model, device), tokenizer, [config.prompt], config)]
     return config.prompt + "".join(pieces)
 
 

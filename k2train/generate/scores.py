@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from k2train.model import Incremental, Transformer
+from k2train.model import Incremental, Transformer, evaluating
 
 
 class Scores(Protocol):
@@ -81,7 +81,7 @@ class FullPasses:
 
     def _scores(self) -> Tensor:
         window = self._model.config.max_position_embeddings
-        with torch.no_grad():  # not inference_mode: what ZeRO-3 gathers in it could not be trained with afterwards
+        with evaluating(self._model):
             parts = [
                 self._model.logits(torch.tensor([row[-window:]], device=self._device))[0, -1] for row in self._rows
             ]

@@ -15,7 +15,7 @@ from k2train.model.loss import document_losses
 from k2train.model.moe import MoE
 from k2train.model.router import Router, update_bias
 from k2train.model.sequence import SequenceParallel
-from k2train.model.transformer import Transformer, build_model
+from k2train.model.transformer import Transformer, build_model, evaluating
 
 __all__ = [
     "Attention",
@@ -31,6 +31,7 @@ __all__ = [
     "build_model",
     "compile_parts",
     "document_losses",
+    "evaluating",
     "materialise",
     "update_bias",
 ]

@@ -9,6 +9,8 @@ experts differ, which are stacked as ``mlp.experts.{w1,w3,w2}``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +283,18 @@ class Transformer(nn.Module):
                     role = by_class[type(module)]
                 roles[f"{prefix}.{suffix}"] = role
         return roles
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients, and then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():  # not inference_mode: what ZeRO-3 gathers in it could not be trained with afterwards
+            yield
+    finally:
+        model.train(was_training)
 
 
 def build_model(

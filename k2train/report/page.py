@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ KNOWN = {
     *("clipped_heads", "balance_max", "tokens_per_second"),
     *telemetry.KEYS,
 }
+# Keys of validations' records, in the same way.
+VALIDATION = {"step", "tokens", "validation_loss", "validation_bits_per_byte"}
 SAMPLES = 12  # of a run that are shown, spread evenly
 INCIDENTS = 100  # of a run that are shown, the newest
 LISTED = 24  # entries of a list in an incident
@@ -137,6 +139,8 @@ def _facts_of(run: Run) -> Iterator[tuple[str, str]]:
         yield f"held out: {name}", f"{_four(found.get('loss'))}, {_four(found.get('bits_per_byte'))} bits per byte"
     for name, size in summary.get("compression", {}).items():
         yield f"bits per byte of {name}", _four(size)
+    for name in _scores([run]):
+        yield name.replace("_", " "), _four(held.get(name))
     if run.incidents:
         yield "incidents", f"{len(run.incidents):,}"
     yield "steps not applied", f"{sum(record.get('skipped_steps', 0) for record in run.steps):,}"
@@ -188,6 +192,7 @@ def _sections(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[tuple[
         line_chart("learning rate", "of the schedule", curve("lr", smooth=False)),
         line_chart("gradient norm", "before clipping", curve("grad_norm"), log=True),
         *_each_set(runs, labels, x),
+        *_each_score(runs, labels, x),
     ]
     named = list(zip(labels, runs, strict=True))
     attention = [
@@ -202,16 +207,17 @@ def _sections(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[tuple[
             "memory", "GiB of a process, at most", _where_told(curve("memory", smooth=False), 2.0**-30), zero=True
         ),
     ]
+    steps = [run.steps for run in runs]
     further = [
         line_chart(key.replace("_", " "), "", curve(key))
-        for key in _keys(runs, int | float)
+        for key in _keys(steps, int | float)
         if key not in KNOWN and any(number(r.get(key)) not in (0.0,) for run in runs for r in run.steps if key in r)
     ]
     arrays = [
         telemetry.array_chart(
             key if len(runs) == 1 else f"{key}, {label}", "", [(r, r[key]) for r in run.steps if key in r], x
         )
-        for key in _keys(runs, Mapping | list)
+        for key in _keys(steps, Mapping | list)
         if key not in KNOWN
         for label, run in named
     ]
@@ -279,6 +285,26 @@ def _each_set(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[Chart 
     ]
 
 
+def _each_score(runs: Sequence[Run], labels: Sequence[str], x: str) -> list[Chart | None]:
+    """A chart for each number that records of validations have besides the loss."""
+    return [
+        line_chart(
+            name.replace("_", " "),
+            "on held-out text",
+            [
+                Series(name=label, x=_axis(told, x), y=series(told, name), colour=index, dots=True)
+                for index, (label, run) in enumerate(zip(labels, runs, strict=True))
+                if (told := [record for record in run.validations if name in record])
+            ],
+        )
+        for name in _scores(runs)
+    ]
+
+
+def _scores(runs: Sequence[Run]) -> list[str]:
+    return [name for name in _keys([run.validations for run in runs], int | float) if name not in VALIDATION]
+
+
 def _sets(runs: Sequence[Run]) -> list[str]:
     """Names of the held-out sets where there are several."""
     names = list(dict.fromkeys(name for run in runs for record in run.validations for name in record.get("sets", {})))
@@ -289,13 +315,13 @@ def _of_set(run: Run, name: str, key: str) -> list[float]:
     return [number(record.get("sets", {}).get(name, {}).get(key)) for record in run.validations]
 
 
-def _keys(runs: Sequence[Run], kind: Any) -> list[str]:
-    """Keys of the steps' records that hold values of a kind somewhere, in their order."""
+def _keys(records: Iterable[Sequence[Record]], kind: Any) -> list[str]:
+    """Keys that hold values of a kind somewhere in the records of some run, in their order."""
     return list(
         dict.fromkeys(
             key
-            for run in runs
-            for record in run.steps
+            for of_run in records
+            for record in of_run
             for key, value in record.items()
             if isinstance(value, kind) and not isinstance(value, bool)
         )

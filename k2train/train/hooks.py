@@ -45,6 +45,10 @@ class Hook:
     def warning(self, record: Mapping[str, Any]) -> None:
         """Something goes wrong slowly, as in metrics.jsonl; after the ``log`` of the record that shows it."""
 
+    def scores(self) -> Mapping[str, float]:
+        """Numbers by name that the record of a validation is to have besides; before its ``validation``."""
+        return {}
+
     def validation(self, record: Mapping[str, Any]) -> None:
         """The loss on held-out text, as in metrics.jsonl."""
 

@@ -149,9 +149,11 @@ class Terminal(Hook):
         self._validation = record
         what = "all that is held out" if record["whole"] else "held out"
         parts = ", ".join(f"{name} {_number(f['bits_per_byte'], '.4f')}" for name, f in record["sets"].items())
+        told = {"next_line_accuracy": "next line", "valid_syntax": "syntax"}
+        scores = "".join(f"; {short} {_number(record[name], '.2f')}" for name, short in told.items() if name in record)
         self.say(
             f"step {record['step']:,}: {what} {_number(record['validation_bits_per_byte'], '.4f')} bits/byte "
-            f"(loss {_number(record['validation_loss'], '.4f')}){parts and f': {parts}'}"
+            f"(loss {_number(record['validation_loss'], '.4f')}){parts and f': {parts}'}{scores}"
         )
         self._draw()
 

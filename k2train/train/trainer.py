@@ -16,11 +16,11 @@ from muonclip.orthogonalize import cpu_multiplies_bfloat16
 from k2train.checkpoint import Checkpoint
 from k2train.comm import World
 from k2train.config import RunConfig
-from k2train.data import Dataset, Tokenizer, TrainStream, build_stream, find_dataset, open_dataset
+from k2train.data import Dataset, TrainStream, build_stream, open_dataset
 from k2train.data.phases import Skips
 from k2train.model import build_model, materialise
 from k2train.monitor import Decision, Drift, Monitor
-from k2train.paths import RunPaths, atomic_write, cache_dir
+from k2train.paths import RunPaths, atomic_write
 from k2train.train import zero
 from k2train.train.best import Best
 from k2train.train.compile import Compiled
@@ -50,7 +50,7 @@ from k2train.train.state import Experts, Progress, RunState
 from k2train.train.step import Stepper
 from k2train.train.stopwatch import Stopwatch
 from k2train.train.telemetry import Telemetry, peak_memory
-from k2train.train.validate import Validation, evenly, held_out_loss, held_out_sets, joined
+from k2train.train.validate import Validation, bytes_of_tokens, held_out_sets, loss_of_sets, prepared_apart
 from k2train.units import count
 
 
@@ -92,7 +92,9 @@ class Trainer:
         self.precision = choose_precision(config.train.precision, world.device)
         self.dataset = open_dataset(manifest)
         # Of the first phase's length, so that they stay comparable.
-        self._held_out = held_out_sets(self.dataset, _apart(config), sequence_length=config.train.sequence_length)
+        self._held_out = held_out_sets(
+            self.dataset, prepared_apart(config), sequence_length=config.train.sequence_length
+        )
         model_config = dataclasses.replace(config.model, vocab_size=vocabulary_size(config, self.dataset))
         start_deepspeed(world)
         parallel = expert_groups(world, size=config.parallel.expert_parallel)
@@ -311,6 +313,9 @@ class Trainer:
             "sets": result.per_set(),
             "whole": whole,
         }
+        with self._clock.part("validation"):
+            for hook in self.hooks:
+                record |= hook.scores()
         for hook in self.hooks:
             hook.validation(record)
         for warning in _warned(record, self.drift.observe_validation(record)):
@@ -319,20 +324,17 @@ class Trainer:
         return result
 
     def _validate(self, *, whole: bool) -> Validation:
-        config, found = self.config, {}
-        for name, held_out in self._held_out.items():
-            number = -(-config.validate.tokens // config.train.sequence_length)
-            found[name] = held_out_loss(
-                self.model,
-                held_out.windows if whole else evenly(held_out.windows, number),
-                bytes_of_token=self._bytes_of_token,
-                batch_size=config.train.micro_batch_size,
-                document_mask=config.train.document_mask,
-                world=self.world,
-                sequence_parallel=self._sequence_parallel,
-            )
-        total = joined([(found[name], held_out.tokens) for name, held_out in self._held_out.items() if held_out.own])
-        return Validation(total, found if len(found) > 1 else {})
+        config = self.config
+        return loss_of_sets(
+            self.model,
+            self._held_out,
+            windows=None if whole else -(-config.validate.tokens // config.train.sequence_length),
+            bytes_of_token=self._bytes_of_token,
+            batch_size=config.train.micro_batch_size,
+            document_mask=config.train.document_mask,
+            world=self.world,
+            sequence_parallel=self._sequence_parallel,
+        )
 
     def save(self) -> None:
         """Writes a checkpoint of the present step; called by all ranks together."""
@@ -379,7 +381,7 @@ class Trainer:
 
     @cached_property
     def _bytes_of_token(self) -> torch.Tensor:
-        return _bytes_of_tokens(self.dataset.tokenizer)
+        return bytes_of_tokens(self.dataset.tokenizer)
 
     # ---- small facts
 
@@ -439,18 +441,6 @@ def vocabulary_size(config: RunConfig, dataset: Dataset) -> int:
 def _warned(record: Mapping[str, Any], warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     about = {"step": record["step"], "tokens": record["tokens"]}
     return [about | {"incident": {"action": "warned", **warning}} for warning in warnings]
-
-
-def _apart(config: RunConfig) -> dict[str, Path]:
-    """The manifests of ``validate.data``."""
-    cache, limit = cache_dir(config.data.cache_dir), config.data.cache_bytes
-    return {name: find_dataset(path, cache=cache, limit=limit) for name, path in config.validate.data.items()}
-
-
-def _bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:
-    """(V,) bytes of text that each token stands for; end_of_text stands for none."""
-    ids = range(tokenizer.vocab_size)
-    return torch.tensor([0 if i == tokenizer.end_of_text else len(tokenizer.decode_bytes([i])) for i in ids])
 
 
 def _set_threads(threads: int | None, world: World) -> int:

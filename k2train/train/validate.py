@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from k2train.comm import World, sum_across
-from k2train.data import Dataset, open_dataset
-from k2train.model import SequenceParallel, Transformer
+from k2train.config import RunConfig
+from k2train.data import Dataset, Tokenizer, find_dataset, open_dataset
+from k2train.model import SequenceParallel, Transformer, evaluating
+from k2train.paths import cache_dir
 from k2train.train.errors import RunError
 from k2train.train.watchdog import beat
 
@@ -68,39 +70,68 @@ class HeldOutSet:
     own: bool
 
 
-def held_out_sets(dataset: Dataset, apart: Mapping[str, Path], *, sequence_length: int) -> dict[str, HeldOutSet]:
+def prepared_apart(config: RunConfig) -> dict[str, Path]:
+    """The manifests of ``validate.data``, by name."""
+    cache, limit = cache_dir(config.data.cache_dir), config.data.cache_bytes
+    return {name: find_dataset(path, cache=cache, limit=limit) for name, path in config.validate.data.items()}
+
+
+def held_out_sets(
+    dataset: Dataset, apart: Mapping[str, Path], *, sequence_length: int, split: str = "held_out"
+) -> dict[str, HeldOutSet]:
     """One set for each source that has held-out text, and those that were prepared apart.
 
     Args:
         dataset: of the run.
         apart: manifests by name, whose held-out text is read.
         sequence_length: T of the windows.
+        split: of the dataset that is read.
 
     Raises:
         RunError: a set has another tokenizer, no held-out text or the name of a source.
         DataError: it cannot be opened.
     """
 
-    def made(of: Dataset, source: str | None, *, own: bool) -> HeldOutSet:
-        windows = of.windows("held_out", source, sequence_length=sequence_length)
-        return HeldOutSet(windows, of.tokens("held_out", source), own)
+    def made(of: Dataset, source: str | None, split: str, *, own: bool) -> HeldOutSet:
+        windows = of.windows(split, source, sequence_length=sequence_length)
+        return HeldOutSet(windows, of.tokens(split, source), own)
 
-    sources = [name for name in dataset.sources if dataset.tokens("held_out", name)]
-    found = {name: made(dataset, name, own=True) for name in sources}
+    sources = [name for name in dataset.sources if dataset.tokens(split, name)]
+    found = {name: made(dataset, name, split, own=True) for name in sources}
     for name, path in apart.items():
         key, other = f"validate.data.{name}={path}", open_dataset(path)
         if name in dataset.sources:
             raise RunError(f"{key} has the name of a source of the run's data: give it another one")
-        digests = [each.manifest["tokenizer"]["sha256"] for each in (other, dataset)]
-        if digests[0] != digests[1]:
-            raise RunError(
-                f"{key} was encoded by another tokenizer (sha256 {digests[0]}) than the run's data ({digests[1]}): "
-                f"prepare it with data.tokenizer.kind=json data.tokenizer.path={_tokenizer_path(dataset)}"
-            )
+        refuse_other_tokenizer(
+            key, other, sha256=dataset.manifest["tokenizer"]["sha256"], whose="the run's data", path=_path(dataset)
+        )
         if not other.tokens("held_out"):
             raise RunError(f"{key} has no held-out text: prepare it with a larger data.held_out")
-        found[name] = made(other, None, own=False)
+        found[name] = made(other, None, "held_out", own=False)
     return found
+
+
+def refuse_other_tokenizer(key: str, dataset: Dataset, *, sha256: str, whose: str, path: Path) -> None:
+    """Raises RunError unless a data set has the tokenizer with this hash.
+
+    Args:
+        key: that names the data set, with its value.
+        dataset: as opened.
+        sha256: of the tokenizer that it should have.
+        whose: that is.
+        path: where it lies.
+    """
+    if (found := dataset.manifest["tokenizer"]["sha256"]) != sha256:
+        raise RunError(
+            f"{key} was encoded by another tokenizer (sha256 {found}) than {whose} ({sha256}): prepare it with "
+            f"data.tokenizer.kind=json data.tokenizer.path={path}"
+        )
+
+
+def bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:
+    """(V,) bytes of text that each token stands for; end_of_text stands for none."""
+    ids = range(tokenizer.vocab_size)
+    return torch.tensor([0 if i == tokenizer.end_of_text else len(tokenizer.decode_bytes([i])) for i in ids])
 
 
 def joined(parts: Sequence[tuple[HeldOutLoss, int]]) -> HeldOutLoss:
@@ -121,6 +152,40 @@ def evenly(windows: Sequence[Window], number: int) -> list[Window]:
     """``number`` of the windows, or all if they are fewer, evenly spread: so that a few still see all of the text."""
     number = min(len(windows), number)
     return [windows[i * len(windows) // number] for i in range(number)]
+
+
+def loss_of_sets(
+    model: Transformer,
+    sets: Mapping[str, HeldOutSet],
+    *,
+    windows: int | None,
+    bytes_of_token: torch.Tensor,
+    batch_size: int,
+    document_mask: bool,
+    world: World,
+    sequence_parallel: SequenceParallel | None = None,
+) -> Validation:
+    """The loss on each set, and on the run's own together; called by all ranks.
+
+    Args:
+        model: as ``held_out_loss`` takes it, and all that is not named here.
+        sets: by name.
+        windows: of each set that are read, evenly spread; None: all.
+    """
+    found = {
+        name: held_out_loss(
+            model,
+            each.windows if windows is None else evenly(each.windows, windows),
+            bytes_of_token=bytes_of_token,
+            batch_size=batch_size,
+            document_mask=document_mask,
+            world=world,
+            sequence_parallel=sequence_parallel,
+        )
+        for name, each in sets.items()
+    }
+    total = joined([(found[name], each.tokens) for name, each in sets.items() if each.own])
+    return Validation(total, found if len(found) > 1 else {})
 
 
 def held_out_loss(
@@ -148,9 +213,7 @@ def held_out_loss(
     own = slice(None) if sequence_parallel is None else sequence_parallel.part(len(windows[0][0]))
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens, size = 0, 0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():  # not inference_mode: what stage 3 gathers in it could not be trained with afterwards
+    with evaluating(model):
         for start in range(0, len(windows), batch_size * world.size // sharing):
             beat(f"validation: window {start} of {len(windows)}")
             first = start + world.rank // sharing * batch_size
@@ -163,12 +226,11 @@ def held_out_loss(
             starts = starts_BT.to(world.device) if document_mask else None
             loss_BT, _ = model(tokens_BT.to(world.device), labels_BT.to(world.device), starts, sequence_parallel)
             nats += loss_BT.double().sum()
-    model.train(was_training)
     total_nats, total_tokens, total_bytes = sum_across([nats, tokens, size], device=world.device)
     return HeldOutLoss(total_nats, total_tokens, total_bytes)
 
 
-def _tokenizer_path(dataset: Dataset) -> Path:
+def _path(dataset: Dataset) -> Path:
     return dataset.folder / str(dataset.manifest["tokenizer"]["file"])
 
 

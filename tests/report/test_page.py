@@ -46,6 +46,15 @@ def test_held_out_sets_are_shown_each(tmp_path):
     assert ">held out: code</b>" in page(one, two)  # a chart of its own
 
 
+def test_scores_of_validations_are_charts(tmp_path):
+    records = [step(1), *(validation(n, next_line_accuracy=n / 10, own_score=None) for n in (2, 3))]
+    text = page(make_run(tmp_path / "a", records))
+    assert "<th>next line accuracy</th><td>0.3000</td>" in text
+    assert "<b>next line accuracy</b>" in text
+    assert "own score" not in text
+    assert "<b>next line accuracy</b>" in page(make_run(tmp_path / "b", [step(1)]), tmp_path / "a")
+
+
 def test_a_spike_of_one_step_is_on_the_page(tmp_path):
     text = page(long_run(tmp_path / "r", steps=3000, spike_at=1234))
     assert re.search(r'"x": \[[^]]*\b1234\b', text)

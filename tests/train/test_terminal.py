@@ -84,6 +84,8 @@ def test_validation_and_sentences_are_lines():
     sets = {name: {"loss": 3.0, "bits_per_byte": bits} for name, bits in (("code", 1.25), ("prose", 2.0))}
     terminal.validation(validation(60) | {"sets": sets})
     assert stream.getvalue().endswith("(loss 3.3000): code 1.2500, prose 2.0000\n")
+    terminal.validation(validation(70) | {"next_line_accuracy": 0.456, "valid_syntax": None})
+    assert stream.getvalue().endswith("(loss 3.3000); next line 0.46; syntax -\n")
 
 
 def test_numbers_that_are_none_do_not_end_the_run():
