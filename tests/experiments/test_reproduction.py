@@ -4,12 +4,12 @@ import math
 from itertools import combinations
 
 import pytest
-from made_runs import make_run, step, validation
+from made_runs import incident, make_run, step, validation
 
 from k2train.cli.multirun import run_config
 from k2train.config import leaves, to_dict
 from k2train.experiments.reproduction import Expectation, Findings, Outcome, Reproduction, Trial, where
-from k2train.experiments.reproductions import REPRODUCTIONS, efficiency, logits, spectrum
+from k2train.experiments.reproductions import REPRODUCTIONS, efficiency, heads, logits, sparsity, spectrum, stability
 from k2train.experiments.results import page
 from k2train.experiments.sweep import Row
 from k2train.report import read_run
@@ -183,6 +183,37 @@ def test_spectrum(tmp_path):
     assert numbers[spectrum.EVERY] == pytest.approx({1: 0.1, 2: 0.1})
     assert numbers[spectrum.ROUTER] == pytest.approx({1: 0.2, 2: 0.2})
     assert numbers["attention, AdamW"] == pytest.approx({1: 0.6, 2: 0.6})
+
+
+def test_sparsity_and_heads(tmp_path):
+    def made(key, value, seed, loss):
+        settings = {key: value, "seed": seed}
+        return trial(tmp_path / f"{key}{value}{seed}", settings, [step(1)], validation_loss=loss, parameters_active=9)
+
+    key, losses = "model.n_routed_experts", {8: 2.0, 16: 1.95, 32: 1.9}
+    findings = sparsity.analyse([made(key, n, seed, losses[n]) for n in losses for seed in (1, 2)])
+    assert findings.numbers[sparsity.GAIN] == pytest.approx({1: -0.1, 2: -0.1})
+    key, losses = "model.num_attention_heads", {4: 2.0, 8: 1.98}
+    findings = heads.analyse([made(key, n, seed, losses[n]) for n in losses for seed in (1, 2)])
+    assert findings.numbers[heads.GAIN] == pytest.approx({1: 1.0, 2: 1.0})
+
+
+def test_stability(tmp_path):
+    def made(name, lr, tau, loss, *, steps=200, spikes=()):
+        folder = tmp_path / f"{name}{lr}{tau}{steps}"
+        settings = {"optim.name": name, "optim.lr": lr, "optim.tau": tau, "seed": 1}
+        records = [step(1), *(incident(at, "a spike") for at in spikes)]
+        return trial(folder, settings, records, validation_loss=loss, steps=steps, max_logit=50.0)
+
+    losses = dict(zip(stability.RATES, (2.0, 2.1, 2.4, 3.0), strict=True))
+    taus = {"muon": None, "muonclip": 100.0, "adamw": None}
+    trials = [made(name, lr, taus[name], loss) for name in stability.OPTIMIZERS for lr, loss in losses.items()]
+    trials += [made("muonclip", stability.RATES[2], tau, 2.2) for tau in stability.TAUS]
+    trials.append(made("muonclip", 0.01, 100.0, 1.8, steps=1000, spikes=(7, 9)))
+    numbers = stability.analyse(trials).numbers
+    assert numbers[stability.SPIKES] == {1: 2}
+    assert numbers["adamw: largest learning rate within 0.5 nats of its best loss"] == {1: 0.1}
+    assert numbers["tau 10 at 0.1: held-out loss"] == {1: 2.2}
 
 
 def test_the_page_has_every_number_of_every_seed(tmp_path):

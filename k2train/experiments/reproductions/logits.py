@@ -19,7 +19,7 @@ from k2train.experiments.reproduction import (
 from k2train.report.chart import Chart, Level, heat_map, line_chart
 from k2train.report.records import series
 
-TAU, EXCESSIVE, SANE = 100.0, 0.1, 0.01
+TAU, EXCESSIVE, SANE = 100.0, 0.04, 0.01
 
 PLAIN = "plain Muon's largest logit"
 TYPICAL = "99th percentile of MuonClip's largest logit over tau"
@@ -31,7 +31,7 @@ FIRED = "steps with a clip at the sane learning rate"
 def runs(quick: bool) -> list[list[str]]:
     """Three arms with each seed."""
     form = (
-        ["experiment=mini", "schedule.steps=400"]
+        ["experiment=mini", "schedule.steps=320"]
         if quick
         else ["model=small", "track=off", "schedule.steps=4000", "validate.every=0", "checkpoint.every=1000"]
     )
