@@ -54,7 +54,8 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
         description=(
             "Trains small models that test a claim about MuonClip or K2's architecture, each with several seeds, and "
             "says whether it holds, does not hold or is not shown at this scale, against what was stated before: "
-            "verdict.md, figure.svg and runs.csv in runs_dir/NAME. The same command goes on where it was stopped."
+            "verdict.md, figure.svg and runs.csv in DIR/NAME or DIR/NAME-quick. The same command goes on where it was "
+            "stopped."
         ),
     )
     parser.add_argument("name", choices=REPRODUCTIONS, metavar="NAME", help=", ".join(REPRODUCTIONS))
