@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from k2train.experiments.reproduction import Expectation, Findings, Reproduction, Trial, Values, by_seed, where
+from k2train.experiments.statistics import interval
+from k2train.report import named_lines
 from k2train.report.chart import Chart, Level, Series, line_chart
 from k2train.report.records import series
 from k2train.units import count
@@ -65,7 +67,7 @@ def analyse(trials: Sequence[Trial]) -> Findings:
                 "Muon's held-out loss": by_seed(muon, lambda trial: trial.loss),
             }.items()
         }
-        charts.append(_curves(size, adamw, muon))
+        charts += [_swept(size, own), _curves(size, adamw, muon)]
     seeds = ratios[min(sizes)]
     decided = {
         RATIO: {seed: max(values[seed] for values in ratios.values()) for seed in seeds},
@@ -118,6 +120,21 @@ def _trend(ratios: dict[int, Values]) -> dict[str, Values]:
             seed: float(np.polyval(line, math.log10(LARGE))) for seed, line in lines.items()
         },
     }
+
+
+def _swept(size: int, trials: Sequence[Trial]) -> Chart | None:
+    rates = sorted({_lr(trial) for trial in trials})
+    curves = []
+    for colour, (name, optimizer) in enumerate({"AdamW": "adamw", "Muon": "muon"}.items()):
+        own = where(trials, optim__name=optimizer)
+        means = [interval([t.loss for t in own if _lr(t) == lr] or [math.nan]) for lr in rates]
+        spread = [mean.half for mean in means]
+        curves.append(
+            Series(name=name, x=range(len(rates)), y=[m.mean for m in means], spread=spread, colour=colour, dots=True)
+        )
+    return named_lines(
+        f"{count(size)} parameters", "held-out loss over learning rates", [f"{lr:g}" for lr in rates], curves
+    )
 
 
 def _curves(size: int, adamw: Sequence[Trial], muon: Sequence[Trial]) -> Chart | None:
