@@ -16,7 +16,7 @@ from k2train.report.chart import Chart, Level, Series, line_chart
 from k2train.report.records import series
 from k2train.units import count
 
-LEARNING_RATES = {"adamw": (0.001, 0.002, 0.004), "muon": (0.004, 0.008, 0.016)}
+LEARNING_RATES = {"adamw": (0.001, 0.002, 0.004, 0.008), "muon": (0.004, 0.008, 0.016, 0.032)}
 VALIDATIONS = 10  # of a run
 LARGE = 1e9  # parameters, about where Moonlight measured
 
