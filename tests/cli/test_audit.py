@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from muonclip import QKClip
 from muonclip.audit import Rule
@@ -18,6 +19,7 @@ from k2train.train.audit import Row
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.full
 def test_two_processes_with_experts_shared_out_and_every_head_clipped(tmp_path):
     words = [
         "experiment=tiny",

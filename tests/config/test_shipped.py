@@ -42,7 +42,7 @@ def test_commands_know_their_groups(command):
     assert tuple(groups) == tuple(group for group in command.groups if group != "cluster")
     if groups:
         assert defaults[-2:] == ["_self_", {"experiment": None}]  # else an experiment's own values would be lost
-    parse(command.schema, compose(command, []))
+    parse(command.schema, compose(command, ["cluster=cpu"] if "cluster" in command.groups else []))
 
 
 def test_every_folder_is_a_group():

@@ -2,6 +2,8 @@
 
 import subprocess
 
+import pytest
+
 SHORT = ["model.num_hidden_layers=2", "train.sequence_length=32", "schedule.steps=4", "schedule.warmup_steps=1"]
 SHORT += ["generate.max_tokens=2", "validate.every=2", "validate.tokens=64", "checkpoint.every=2", "optim.tau=0.01"]
 
@@ -22,6 +24,7 @@ def test_grouped_queries(runner):
     assert told.endswith("each updated as it should be, once")
 
 
+@pytest.mark.full
 def test_without_experts(runner):
     words = ["model=small-dense", "model.first_k_dense_replace=2", *SHORT]
     result = runner.run("dense", *words)

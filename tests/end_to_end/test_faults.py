@@ -77,6 +77,7 @@ def with_path(runner, folder):
     return lambda self: {**before, "PYTHONPATH": f"{before['PYTHONPATH']}:{folder}"}
 
 
+@pytest.mark.full
 def test_a_disk_that_is_full_for_a_while_loses_nothing(runner, small_disk):
     """It is filled once the run trains, and has room again some checkpoints later."""
     settings = ("schedule.steps=60", "checkpoint.every=5", "validate.every=0", "track.log_every=1")

@@ -3,7 +3,10 @@
 import gzip
 import json
 
+import pytest
 
+
+@pytest.mark.full
 def test_k2_in_small(runner):
     beside = ("generate.every=10", "profile.steps=[3]", "train.deterministic=true", "track.log_every=2")
     own = ("train.hooks=[tests.end_to_end.hook.Phases]",)

@@ -11,6 +11,7 @@ from k2train.data import open_dataset
 from tests.end_to_end.conftest import ROOT
 
 
+@pytest.mark.full
 def test_each_source_and_a_set_prepared_apart(runner):
     def prepare(name: str, *words: str) -> Path:
         words = (f"data.cache_dir={runner.folder / name}", "data.tokenizer.vocab_size=512", *words)

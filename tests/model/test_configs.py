@@ -30,6 +30,7 @@ def test_k2_has_exactly_its_parameters() -> None:
     ("name", "vocabulary", "millions"),
     [
         ("moonlight-16b", 163840, 15_960),
+        ("mini", 320, 0.349),
         ("nano", 4096, 1.26),
         ("small", 4096, 5.07),
         ("base", 8192, 46.4),
@@ -47,5 +48,5 @@ def test_sizes(name: str, vocabulary: int, millions: float) -> None:
 
 
 def test_every_shipped_config_is_listed_here() -> None:
-    listed = {"k2", "moonlight-16b", "nano", "small", "base", "small-gqa", "small-dense", "100m", "1b"}
+    listed = {"k2", "moonlight-16b", "mini", "nano", "small", "base", "small-gqa", "small-dense", "100m", "1b"}
     assert {path.stem for path in FOLDER.glob("*.yaml")} == listed

@@ -7,7 +7,7 @@ import pytest
 from k2train.cli.options import group_options
 from tests.plan.recipes import RECIPES, planned, table
 
-SMALL = {"tiny", "k2-in-small"}  # no recipes: a test of an installation, and of phases
+SMALL = {"tiny", "k2-in-small", "mini"}  # no recipes: tests of an installation and of phases, and what reproduce trains
 
 
 @pytest.mark.parametrize("words", RECIPES)
