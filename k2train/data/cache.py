@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from k2train.data.errors import DataError, os_errors_explained
 from k2train.data.manifest import BLOCK_BYTES, MANIFEST_NAME, ShardRecord, read_manifest
-from k2train.lock import held_alone
+from k2train.lock import held_alone, is_held
 from k2train.paths import atomic_write, sync_directory
 
 REMOTE_NAME = "remote.json"  # in the folder of a cached data set: its address, and how much may be kept
@@ -102,8 +102,9 @@ class CachedFolder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with held_alone(path.with_name(path.name + ".lock"), patience=PATIENCE, busy=BUSY):
                     if not self._is_whole(path, record):
-                        self._make_room(record)
-                        self._fetch(path, record, digests)
+                        partial = path.with_name(path.name + ".partial")
+                        self._make_room(partial, record)
+                        self._fetch(path, partial, record, digests)
             with suppress(OSError):  # of a cache that may only be read
                 os.utime(path)  # when it was last needed
         return path
@@ -122,36 +123,49 @@ class CachedFolder:
     def _is_whole(self, path: Path, record: ShardRecord) -> bool:
         return path.is_file() and path.stat().st_size == record.size
 
-    def _make_room(self, record: ShardRecord) -> None:
-        """Drops shards until this one fits."""
+    def _make_room(self, partial: Path, record: ShardRecord) -> None:
+        """Drops shards until this one fits, and takes the place by giving the partial file its full size."""
         if self._limit is None:
             return
-        held = {}
-        for path in self.root.glob("*/*-*.safetensors"):
-            with suppress(FileNotFoundError):  # another thread or process has just dropped it
-                held[path] = path.stat()
-        total = sum(status.st_size for status in held.values()) + record.size
-        for path in sorted(held, key=lambda path: held[path].st_mtime):
-            if total <= self._limit:
-                return
-            if str(path.relative_to(self.root)) not in self._needed:
-                path.unlink(missing_ok=True)
-                total -= held[path].st_size
-        if total > self._limit:
-            raise DataError(
-                f"{self.root} may hold {self._limit} bytes, and the shards that are needed at a time have {total}: "
-                "raise data.cache_bytes, or lower data.order.group_shards"
-            )
+        with held_alone(self.root / "room.lock", patience=PATIENCE, busy=BUSY):
+            held, arriving = {}, 0
+            # Those that arrive come first: one that is renamed meanwhile is found as a shard, not overlooked.
+            for path in (*self.root.glob("*/*-*.safetensors.partial"), *self.root.glob("*/*-*.safetensors")):
+                with suppress(FileNotFoundError):
+                    held[path] = path.stat()
+            held.pop(partial, None)
+            total = sum(status.st_size for status in held.values()) + record.size
+            for path in sorted(held, key=lambda path: held[path].st_mtime):
+                if total <= self._limit:
+                    break
+                if not self._is_in_use(path):
+                    path.unlink(missing_ok=True)
+                    total -= held[path].st_size
+                elif path.suffix == ".partial":
+                    arriving += held[path].st_size
+            if total - arriving > self._limit:  # those of other readers come and go
+                raise DataError(
+                    f"{self.root} may hold {self._limit} bytes, and the shards that are needed at a time have {total}: "
+                    "raise data.cache_bytes, or lower data.order.group_shards"
+                )
+            partial.touch()
+            os.truncate(partial, record.size)
 
-    def _fetch(self, path: Path, record: ShardRecord, digests: NDArray[np.uint64]) -> None:
-        url, partial = f"{self._url}/{record.file}", path.with_name(path.name + ".partial")
+    def _is_in_use(self, path: Path) -> bool:
+        """Whether a shard is needed here, or a partial file is being filled by a thread or process."""
+        if path.suffix == ".partial":
+            return is_held(path.with_suffix(".lock"))
+        return str(path.relative_to(self.root)) in self._needed
+
+    def _fetch(self, path: Path, partial: Path, record: ShardRecord, digests: NDArray[np.uint64]) -> None:
+        url = f"{self._url}/{record.file}"
         _patiently(url, lambda: _copy(url, partial, record, digests))
         os.replace(partial, path)
         sync_directory(path.parent)
 
 
 def _copy(url: str, partial: Path, record: ShardRecord, digests: NDArray[np.uint64]) -> None:
-    """Fetches what is not there yet, block by block, each against its digest."""
+    """Fetches what is not there yet, block by block, each against its digest; the file has its full size throughout."""
     with partial.open("r+b" if partial.exists() else "w+b") as file:
         block = 0
         while block < record.blocks:  # what an earlier fetch has left
@@ -159,8 +173,8 @@ def _copy(url: str, partial: Path, record: ShardRecord, digests: NDArray[np.uint
             if not data or xxhash.xxh3_64_intdigest(data) != int(digests[block]):
                 break
             block += 1
+        file.truncate(record.size)
         file.seek(block * BLOCK_BYTES)
-        file.truncate()
         if block == record.blocks:
             return
         with _open(url) as remote:
