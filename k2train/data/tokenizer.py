@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import tiktoken
 import tokenizers
 from numpy.typing import NDArray
@@ -147,14 +148,14 @@ def _byte_level(model: tokenizers.models.BPE, split: str) -> tokenizers.Tokenize
     return tokenizer
 
 
-def choose_engine(definition: str, sample: Iterable[str], *, end_of_text: str = END_OF_TEXT) -> str:
-    """``tiktoken`` if it gives the ids of ``tokenizers`` on every text of the sample, else ``tokenizers``."""
-    parsed = json.loads(definition)
-    if _split_of(parsed) is None or parsed["normalizer"] or not all(t["special"] for t in parsed["added_tokens"]):
-        return ENGINES[1]
-    tokenizer = Tokenizer(definition, engine=ENGINES[0], end_of_text=end_of_text)
-    agreed = all(np.array_equal(tokenizer.encode_array(text), tokenizer.reference_ids(text)) for text in sample)
-    return ENGINES[0] if agreed else ENGINES[1]
+def choose_engine(definition: str, sample: Iterable[str], *, end_of_text: str = END_OF_TEXT) -> Tokenizer:
+    """With ``tiktoken`` if it gives the ids of ``tokenizers`` on every text of the sample, else with ``tokenizers``."""
+    parsed = orjson.loads(definition)
+    if _split_of(parsed) and not parsed["normalizer"] and all(t["special"] for t in parsed["added_tokens"]):
+        fast = Tokenizer(definition, engine="tiktoken", end_of_text=end_of_text)
+        if all(np.array_equal(fast.encode_array(text), fast.reference_ids(text)) for text in sample):
+            return fast
+    return Tokenizer(definition, engine="tokenizers", end_of_text=end_of_text)
 
 
 def _split_of(parsed: dict[str, Any]) -> str | None:
@@ -187,7 +188,7 @@ class Tokenizer:
         Raises:
             DataError: it is of another kind, or has no such token.
         """
-        parsed = json.loads(definition)
+        parsed = orjson.loads(definition)
         if parsed["model"].get("type", "BPE") != "BPE" or (parsed.get("decoder") or {}).get("type") != "ByteLevel":
             raise DataError(
                 "its model is no byte-level BPE, the one kind that k2train reads: give another tokenizer.json"
@@ -200,7 +201,7 @@ class Tokenizer:
                 f"{', '.join(map(repr, list(specials)[:20])) or 'its special tokens, of which it has none'}"
             )
         ranks = {
-            bytes(alphabet[character] for character in token): rank
+            bytes(map(alphabet.__getitem__, token)): rank
             for token, rank in parsed["model"]["vocab"].items()
             if token not in specials
         }
@@ -209,6 +210,7 @@ class Tokenizer:
         self._token_bytes = [b""] * self.vocab_size
         for token_bytes, rank in (ranks | {text.encode(): rank for text, rank in specials.items()}).items():
             self._token_bytes[rank] = token_bytes
+        self.engine = engine
         self._definition = definition
         self._fast: tiktoken.Encoding | None = None
         if engine == "tiktoken":

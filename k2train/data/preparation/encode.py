@@ -141,6 +141,7 @@ def _write(
     for number, unit in enumerate(missing):
         wanted[unit.rows] = number
     open_units = [_Open(unit) for unit in missing]
+    closing = np.array([tokenizer.end_of_text], np.uint32)
     row = -1
     for row, found in enumerate(rows_of(source, task.lane, tick)):
         if row >= len(wanted) or wanted[row] < 0:
@@ -157,7 +158,7 @@ def _write(
                     "is not the one that this text was encoded with; set data.tokenizer.path to that one"
                 )
             size = tokenizer.bytes_of(ids)
-        into.tokens.append(np.append(ids, np.uint32(tokenizer.end_of_text)))
+        into.tokens.append(np.concatenate((ids, closing)))
         into.ids.append(task.first_document + row)
         into.sizes.append(size)
         into.origins.append(found.origin)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -52,8 +53,9 @@ WORK_NAME = "work"  # folder of what is needed until the manifest is written
 DECISIVE = ("dedup", "near_threshold", "held_out", "shard_bytes", "tokenizer")  # settings that enter, beside sources
 TRAINING_BYTES = 128 << 20  # text that the tokenizer is trained on, at most: merges hardly change with more
 TRAINING_LANES = 256  # that this text is taken from, at most
-# On which the fast engine's ids are compared: how many documents, how much of each, of how many lanes at most.
-CHECKED_DOCUMENTS, CHECKED_CHARACTERS, CHECKED_LANES = 64, 1 << 13, 4
+# On which the fast engine's ids are compared: how many documents, how much of each, of how many lanes and of which of
+# their rows at most.
+CHECKED_DOCUMENTS, CHECKED_CHARACTERS, CHECKED_LANES, CHECKED_ROWS = 64, 1 << 12, 4, 256
 
 
 def prepare(config: DataConfig, *, cache: Path, progress: Progress) -> Path:
@@ -163,13 +165,12 @@ class _Preparation:
     ) -> list[Any]:
         """``work`` of each lane (or of the tasks that stand for them), shared out to processes."""
         total = max(1, sum(lane.size for lane in lanes))
-        return list(
-            self.workers.map(
-                work,
-                lanes if tasks is None else tasks,
-                progress=lambda done: self.progress(stage, min(done, total), total),
-            )
+        tasks = lanes if tasks is None else tasks
+        results = list(
+            self.workers.map(work, tasks, progress=lambda done: self.progress(stage, min(done, total), total))
         )
+        self.progress(stage, total, total)  # of a sample not all is read
+        return results
 
     def _make_tokenizer(self, lanes: list[Lane], plan: Plan, given: str | None) -> dict[str, Any]:
         """Writes the tokenizer, trained on a sample of the text unless it is given, and describes it."""
@@ -178,17 +179,17 @@ class _Preparation:
         wanted = TRAINING_BYTES if trained else CHECKED_DOCUMENTS * CHECKED_CHARACTERS
         shuffled = sorted(lanes, key=lambda lane: xxhash.xxh3_64_intdigest(f"{lane.number}".encode()))
         chosen = shuffled[: TRAINING_LANES if trained else CHECKED_LANES]
-        tasks = ((lane, plan.of(lane).copy(), -(-wanted // len(chosen))) for lane in sorted(chosen, key=_number))
+        rows = None if trained else CHECKED_ROWS
+        tasks = ((lane, plan.of(lane)[:rows].copy(), -(-wanted // len(chosen))) for lane in sorted(chosen, key=_number))
         found = self._run("tokenizer", chosen, partial(_sample, self.folder, self.sources), tasks)
         texts = [text for part in found for text in part]
         definition = define(config, texts) if given is None else given
         atomic_write(self.folder / TOKENIZER_NAME, definition)
         sample = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]
         cut = (text[:CHECKED_CHARACTERS] for text in sample)
-        engine = choose_engine(definition, cut, end_of_text=config.end_of_text)
-        tokenizer = _tokenizer(self.folder / TOKENIZER_NAME, engine, config.end_of_text)
+        tokenizer = choose_engine(definition, cut, end_of_text=config.end_of_text)
         return describe_file(self.folder, TOKENIZER_NAME) | {
-            "engine": engine,
+            "engine": tokenizer.engine,
             "end_of_text": config.end_of_text,
             "vocab_size": tokenizer.vocab_size,
         }
@@ -289,11 +290,8 @@ def _sample(
     order = trained[np.lexsort((found.digests[trained, 1], found.digests[trained, 0]))]
     before = np.cumsum(found.sizes[order]) - found.sizes[order]
     chosen = set(order[before < wanted].tolist())
-    texts = []
-    for number, row in enumerate(rows_of(sources[lane.source], lane, tick)):
-        if number in chosen and isinstance(row.content, str):
-            texts.append(row.content)
-    return texts
+    rows = itertools.islice(rows_of(sources[lane.source], lane, tick), max(chosen, default=-1) + 1)
+    return [row.content for number, row in enumerate(rows) if number in chosen and isinstance(row.content, str)]
 
 
 def _encode(
