@@ -1,13 +1,13 @@
 """The commands of the README run as printed; only sizes are made smaller by overrides that are appended."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.how_to.page import environment
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,15 +60,9 @@ def test_command(line, home):
     words += SMALL[kind]
     if kind in ("train", "audit", "show"):
         words += CORPUS["data=folder" in words]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'optim'}",
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(home),
-        "XDG_CACHE_HOME": str(home / ".cache"),
-    }
-    found = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    found = subprocess.run(
+        words, cwd=home, env=environment(home), capture_output=True, text=True, timeout=200, check=False
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stderr == ""
     assert SAID[kind] in found.stdout
