@@ -1,8 +1,11 @@
 """What the plan says of real runs is what they hold and send (see ``runs``)."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.plain import Layout
+from tests.plan.published import published
 from tests.plan.runs import KINDS, STATE, Result, every_layout, measure_all
 
 # Each stage, ep, precision, accumulation and recomputation once.
@@ -35,3 +38,9 @@ def test_a_few_layouts_hold_and_send_what_was_planned(tmp_path):
 def test_all_layouts_hold_and_send_what_was_planned(tmp_path):
     for result in measure_all(sorted(every_layout(), key=lambda layout: layout.processes), tmp_path):
         check(result)
+
+
+@pytest.mark.full
+def test_the_page_has_what_is_planned_of_published_trainings():
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    assert "\n".join(published()) in page, "run: python -m tests.plan.truth docs/plan.md"

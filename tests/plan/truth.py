@@ -6,7 +6,6 @@ python -m tests.plan.truth docs/plan.md     # some ten minutes
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import platform
 import tempfile
 import time
@@ -15,20 +14,19 @@ from pathlib import Path
 
 import torch
 
-from k2train.cli.commands import PLAN, TRAIN
+from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
 from k2train.cli.options import group_options
 from k2train.comm import open_world
-from k2train.config import PlanConfig, RunConfig, parse
+from k2train.config import RunConfig, parse
 from k2train.data import prepare
 from k2train.model import build_model
 from k2train.paths import RunPaths
 from k2train.plan.count import parameters, total, work
-from k2train.plan.estimate import Part, estimate, with_vocabulary
-from k2train.plan.search import search
+from k2train.plan.estimate import Part, estimate
 from k2train.train.quiet import import_deepspeed
-from k2train.units import count
 from tests.plan.operations import counted_operations
+from tests.plan.published import plan_of, published
 from tests.plan.runs import KINDS, STATE, Result, every_layout, measure_all, plan_config
 
 MARK = "<!-- tables -->\n"
@@ -36,111 +34,6 @@ COUNTED = ("nano", "small", "base", "small-gqa", "small-dense", "100m")  # model
 LENGTH = 128
 TIMED = ("small", "base", "100m")
 ROUNDS = 5
-
-DEEPSEEK_V3 = (
-    "model=k2 model.num_attention_heads=128 model.first_k_dense_replace=3 model.n_routed_experts=256 model.n_group=8 "
-    "model.topk_group=4 model.vocab_size=129280 model.rope_scaling=null"
-)
-DEEPSEEK_V2 = (
-    "model=k2 model.hidden_size=5120 model.num_hidden_layers=60 model.num_attention_heads=128 model.vocab_size=102400 "
-    "model.intermediate_size=12288 model.moe_intermediate_size=1536 model.n_routed_experts=160 model.n_group=8 "
-    "model.topk_group=3 model.num_experts_per_tok=6 model.n_shared_experts=2 model.rope_scaling=null"
-)
-LLAMA = (
-    "model=small-dense model.num_key_value_heads=8 model.qk_rope_head_dim=128 model.v_head_dim=128 "
-    "model.vocab_size=128256 model.max_position_embeddings=8192"
-)
-LLAMA_8B = (
-    f"{LLAMA} model.hidden_size=4096 model.num_hidden_layers=32 model.first_k_dense_replace=32 "
-    "model.num_attention_heads=32 model.intermediate_size=14336"
-)
-LLAMA_405B = (
-    f"{LLAMA} model.hidden_size=16384 model.num_hidden_layers=126 model.first_k_dense_replace=126 "
-    "model.num_attention_heads=128 model.intermediate_size=53248"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A training that others have reported."""
-
-    name: str
-    source: str
-    machine: str  # the plan's words
-    model: str  # the plan's words
-    tokens: float
-    batch: int  # sequences
-    length: int  # tokens
-    hours: float | None  # of GPUs; None: not published
-
-
-PUBLISHED = (
-    Published(
-        "DeepSeek-V3, pre-training",
-        "arXiv 2412.19437, table 1: 2,664 K H800 hours (2,788 K with 32K, 128K and post-training); FP8",
-        "cluster=h800-2048",
-        DEEPSEEK_V3,
-        14.8e12,
-        16384,
-        4096,
-        2.664e6,
-    ),
-    Published(
-        "DeepSeek-V2",
-        "arXiv 2405.04434, section 3.2.3: 172.8 K H800 hours for a trillion tokens; 8.1 trillion",
-        "cluster=h800 cluster.nodes=128",
-        DEEPSEEK_V2,
-        8.1e12,
-        8192,
-        4096,
-        8.1 * 172.8e3,
-    ),
-    Published(
-        "Llama-3.1-8B",
-        "its model card: 1.46 M H100 hours; 15 trillion tokens; number of GPUs assumed",
-        "cluster=h100 cluster.nodes=64",
-        LLAMA_8B,
-        15e12,
-        1024,
-        8192,
-        1.46e6,
-    ),
-    Published(
-        "Llama-3.1-405B",
-        "its model card: 30.84 M H100 hours; arXiv 2407.21783, table 4: 16,384 GPUs, 16 M tokens a step",
-        "cluster=h100 cluster.nodes=2048",
-        LLAMA_405B,
-        15.6e12,
-        2048,
-        8192,
-        30.84e6,
-    ),
-    Published(
-        "Kimi K2, at 4K",
-        "arXiv 2507.20534",
-        "cluster=h800-2048",
-        "model=k2 model.rope_scaling=null",
-        15.5e12,
-        16384,
-        4096,
-        None,
-    ),
-    Published(
-        "Moonlight-16B-A3B",
-        "arXiv 2502.16982",
-        "cluster=h100 cluster.nodes=32",
-        "model=moonlight-16b",
-        5.7e12,
-        4096,
-        8192,
-        None,
-    ),
-)
-
-
-def plan_of(words: str) -> PlanConfig:
-    """The config of ``k2train plan WORDS``."""
-    return with_vocabulary(parse(PlanConfig, compose(PLAN, words.split())))
 
 
 def counts() -> Iterator[str]:
@@ -232,26 +125,6 @@ def times(folder: Path) -> Iterator[str]:
         own = plan_config(config, fp32_flops=flops, memory_bandwidth=bandwidth)
         planned = estimate(own, [Part("all", 1, 4, 4, 256)]).phases[0].time.step
         yield f"| {option} | 1,024 | {planned:.2f} s | {measured:.2f} s | {planned / measured - 1:+.0%} |"
-
-
-def published() -> Iterator[str]:
-    """GPU-hours of others' trainings beside the fastest split that ``--search`` finds."""
-    yield "| training | published | planned, GPU-hours | planned over published | utilisation | split |"
-    yield "| --- | --- | ---: | ---: | ---: | --- |"
-    for one in PUBLISHED:
-        config = plan_of(f"{one.machine} {one.model} train.micro_batch_size=1")
-        steps = round(one.tokens / (one.batch * one.length))
-        found = search(config, [Part("training", steps, one.batch, 1, one.length)])
-        if not found.fitting:
-            yield f"| {one.name} | {one.source} | does not fit | | | on {config.cluster.devices} |"
-            continue
-        candidate, best = found.fitting[0]
-        ratio = f"{best.device_hours / one.hours:.2f}" if one.hours else "not published"
-        yield (
-            f"| {one.name}: {count(best.parameters)} | {one.source} | {count(best.device_hours)} | {ratio} "
-            f"| {best.utilisation:.0%} | ZeRO-{candidate.zero_stage}, ep {candidate.expert_parallel}, micro-batch "
-            f"{candidate.micro_batch_size}, {candidate.activation_checkpointing} on {best.layout.ranks} |"
-        )
 
 
 def main() -> None:
