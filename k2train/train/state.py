@@ -127,7 +127,7 @@ class RunState:
             seed: that they then begin with.
 
         Raises:
-            CheckpointError: it is of another model; found before anything is written.
+            CheckpointError: it is of another model, which is found before anything is written; or of another version.
         """
         saved = checkpoint.manifest.state
         load_intervals(checkpoint, self.held, self.optimizer, self.model, self.roles, self.experts)
@@ -148,7 +148,14 @@ class RunState:
             seed_generators(seed, rank=self.world.rank, step=self.progress.step)
         for name, hook in self.hooks.items():
             if name in states:
-                hook.load_state_dict(states[name])
+                try:
+                    hook.load_state_dict(states[name])
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    raise CheckpointError(
+                        f"{checkpoint.folder} has a state of {name!r} that this version of it does not read "
+                        f"({error!r}): finish the run with the k2train and the hooks that wrote it, or begin a new one "
+                        "with init_from"
+                    ) from error
 
     def _hook_states(self) -> dict[str, Any]:
         return {name: hook.state_dict() for name, hook in self.hooks.items()}

@@ -138,6 +138,14 @@ def what_may_have_changed() -> None:
             with pytest.raises(RunError, match=sentence):
                 run("d", init_from=str(path))
         (path / "manifest.json").write_text(checkpoint.manifest.to_json())
+
+    # A hook that has learnt to keep more since.
+    older = json.loads(json.dumps(dict(checkpoint.manifest.state)))
+    del older["hooks"]["drift"]["starved"]
+    (path / "manifest.json").write_text(dataclasses.replace(checkpoint.manifest, state=older).to_json())
+    with pytest.raises(CheckpointError, match=r"a state of 'drift' .* does not read \(KeyError\('starved'\)\)"):
+        run("a")
+    (path / "manifest.json").write_text(checkpoint.manifest.to_json())
     run("a")
 
 
