@@ -1,9 +1,10 @@
 """What a small model of code can be seen to learn: which line comes next, and code that parses.
 
 *Next line.* The beginning of a piece of held-out text, and four lines that may follow it: the true one, and those of
-three other pieces, indented as it is. The model chooses the one that is likeliest for its bytes. Each line is right
-once and wrong three times, so that who looks at the lines alone is right in one of four: what is above that comes from
-reading what stands before.
+three other pieces, indented as it is. The model chooses the one that what stands before makes likelier the most: the
+greatest log p(line | context) - log p(line | start of a document), the pointwise mutual information of Holtzman et al.
+2021 (arXiv 2104.08315, section 3). By likelihood alone a small model chooses what is plain, whatever stands before.
+Each line is right once and wrong three times, so that who looks at the lines alone is right in one of four.
 
 *Syntax.* Texts are sampled; of the lines of each, the share that Python's parser takes, from the first line on. A text
 that ends in the middle of a statement loses its last lines, so that people's code has less than 1 too.
@@ -83,7 +84,7 @@ def next_line_accuracy(
     length: int,
     device: torch.device,
 ) -> float:
-    """The share of the questions whose true answer has fewer nats a byte than each other; NaN without questions.
+    """The share of the questions whose true answer gains most from its context; NaN without questions.
 
     All ranks of a sharded model must call it together; each computes all of it.
 
@@ -95,29 +96,33 @@ def next_line_accuracy(
         length: T at most; of a longer context the end is read.
         device: of the model.
     """
-    right, at_once = 0, max(1, batch_size // ANSWERS)
-    for first in range(0, len(questions), at_once):
-        batch = questions[first : first + at_once]
-        rows = [_row(question.context, answer, tokenizer, length) for question in batch for answer in question.answers]
+
+    def nats(contexts: Iterable[list[int]], answers: Iterable[list[int]]) -> torch.Tensor:
+        rows = [_row(context, answer, length) for context, answer in zip(contexts, answers, strict=True)]
         tokens_RT = pad_sequence([tokens for tokens, _ in rows], batch_first=True)
         labels_RT = pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORED)
         with evaluating(model):
-            loss_RT, _ = model(tokens_RT.to(device), labels_RT.to(device))
-        sizes = [len(answer.encode()) for question in batch for answer in question.answers]
-        each = (loss_RT.double().sum(1).cpu() / torch.tensor(sizes)).view(-1, ANSWERS)
-        right += int((each[:, 0] < each[:, 1:].amin(1)).sum())  # not where they are not finite
+            loss_RT: torch.Tensor = model(tokens_RT.to(device), labels_RT.to(device))[0]
+        return loss_RT.double().sum(1).cpu().view(-1, ANSWERS)
+
+    right, at_once = 0, max(1, batch_size // ANSWERS)
+    for first in range(0, len(questions), at_once):
+        batch = questions[first : first + at_once]
+        contexts = [tokenizer.encode(question.context) for question in batch for _ in question.answers]
+        answers = [tokenizer.encode(answer) for question in batch for answer in question.answers]
+        gained = nats([[tokenizer.end_of_text]] * len(answers), answers) - nats(contexts, answers)
+        right += int((gained[:, 0] > gained[:, 1:].amax(1)).sum())  # not where they are not finite
     return right / len(questions) if questions else math.nan
 
 
-def _row(context: str, answer: str, tokenizer: Tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _row(context: list[int], answer: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels) that predict the answer alone.
 
     Encoded apart, as a line that is not blank begins a token: the splits of the tokenizers end one at a line's end.
     """
-    line = tokenizer.encode(answer)
-    ids = torch.tensor([*tokenizer.encode(context), *line][-length - 1 :])
+    ids = torch.tensor([*context, *answer][-length - 1 :])
     labels = ids[1:].clone()
-    labels[: max(0, len(labels) - len(line))] = IGNORED
+    labels[: max(0, len(labels) - len(answer))] = IGNORED
     return ids[:-1], labels
 
 

@@ -21,7 +21,7 @@ def write_tasks(folder: Path, questions: Sequence[Question], documents: Iterable
 
     Args:
         folder: to be made.
-        questions: the harness's ``acc_bytes`` chooses as ``next_line_accuracy`` does.
+        questions: the harness's ``acc_mutual_info`` chooses as ``next_line_accuracy`` does.
         documents: of which it tells ``bits_per_byte``, each by itself.
 
     Raises:
@@ -34,7 +34,7 @@ def write_tasks(folder: Path, questions: Sequence[Question], documents: Iterable
         "doc_to_choice": "answers",
         "doc_to_target": 0,
         "target_delimiter": "",
-        "metric_list": _metrics("acc", "acc_bytes"),
+        "metric_list": _metrics("acc", "acc_mutual_info"),
     }
     read = {
         "output_type": "loglikelihood_rolling",

@@ -63,22 +63,25 @@ def small():
 
 def ask_one_by_one(model, tokenizer, questions, *, length):
     """The slow way: each answer by itself, from its logits."""
+
+    def likelihood(context, line):
+        ids = (context + line)[-length - 1 :]
+        with torch.no_grad():
+            likelihoods = F.log_softmax(model.logits(torch.tensor([ids[:-1]]))[0].double(), dim=-1)
+        return sum(likelihoods[place, ids[place + 1]].item() for place in range(len(ids) - 1 - len(line), len(ids) - 1))
+
     right = 0
     for question in questions:
-        scores = []
+        context, scores = tokenizer.encode(question.context), []
         for answer in question.answers:
             line = tokenizer.encode(answer)
-            ids = (tokenizer.encode(question.context) + line)[-length - 1 :]
-            with torch.no_grad():
-                likelihoods = F.log_softmax(model.logits(torch.tensor([ids[:-1]]))[0].double(), dim=-1)
-            places = range(len(ids) - 1 - len(line), len(ids) - 1)
-            scores.append(sum(likelihoods[place, ids[place + 1]].item() for place in places) / len(answer.encode()))
+            scores.append(likelihood(context, line) - likelihood([tokenizer.end_of_text], line))
         right += scores.index(max(scores)) == 0
     return right / len(questions)
 
 
 @pytest.mark.parametrize("length", [200, 40])
-def test_the_likeliest_answer_for_its_bytes(small, length):
+def test_the_answer_that_gains_most_from_what_stands_before_it(small, length):
     model, tokenizer = small
     names = [f"{text.split()[0]}{n}" for n, text in enumerate(TEXTS * 6)]
     questions = ask([piece(name * (1 + n % 3), indentation=" " * (n % 5)) for n, name in enumerate(names)])
