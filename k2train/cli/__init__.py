@@ -19,7 +19,7 @@ from k2train.cli.commands import COMMANDS, TOOLS, TRAIN, Command
 from k2train.cli.help import INSTALL, command_help, general_help
 from k2train.config import ConfigError, parse
 from k2train.paths import explain_oserror
-from k2train.status import FAILED, INTERRUPTED, OK, USAGE, of_signal
+from k2train.status import FAILED, INTERRUPTED, OK, USAGE, is_refusal, of_signal
 
 # Threads of torch that wait for each other look this often before they sleep. At libgomp's own number each wait on a
 # busy machine lasts a time slice: of two runs at once on two cores each took 2.6 times as long as with this number.
@@ -57,6 +57,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return _run(COMMANDS[first], read_arguments(rest, COMMANDS[first].switches))
     except ConfigError as error:
         return _refuse(error.faults, USAGE)
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        return _refuse([str(error)], FAILED)
     except BrokenPipeError:  # who reads our output has had enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return of_signal(signal.SIGPIPE)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from k2train.config import ConfigError, RunConfig, parse
+from k2train.config import RunConfig, parse
 from k2train.paths import RunPaths, cache_dir
 
 
@@ -23,14 +22,7 @@ def main(words: Sequence[str]) -> int:
     trace.add_argument("--step", type=int, required=True, help="as metrics.jsonl counts them: the first is 1")
     trace.add_argument("--rank", type=int, help="only the samples that this process computed")
     trace.add_argument("--processes", type=int, help="of the run; what its newest checkpoint says if it is not given")
-    arguments = parser.parse_args(words)
-    from k2train.data import DataError
-
-    try:
-        _trace(arguments)
-    except (DataError, ConfigError) as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
+    _trace(parser.parse_args(words))
     return 0
 
 

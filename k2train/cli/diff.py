@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from k2train.checkpoint import CheckpointError, folder_of, open_checkpoint, steps
+from k2train.checkpoint import folder_of, open_checkpoint, steps
 from k2train.config import changed_settings
 from k2train.experiments.diff import Difference, Parting, compare_logs, compare_weights
 from k2train.paths import RunPaths
@@ -34,15 +33,10 @@ def main(words: Sequence[str]) -> int:
         help="relative difference that is rounding (1e-4); 0: only what is equal in all bits is the same",
     )
     arguments = parser.parse_args(words)
-    try:
-        first, second = (read_run(folder.expanduser()) for folder in arguments.runs)
-        found = dict(_compare(first, second, arguments.tolerance))
-    except (ReportError, CheckpointError) as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return FAILED
+    first, second = (read_run(folder.expanduser()) for folder in arguments.runs)
+    found = dict(_compare(first, second, arguments.tolerance))
     if not found["steps"].compared:
-        print(f"k2train: error: {first.folder} and {second.folder} have recorded no step in common", file=sys.stderr)
-        return FAILED
+        raise ReportError(f"{first.folder} and {second.folder} have recorded no step in common")
     for change in changed_settings(first.config, second.config):
         if not change.key.startswith(("name", "runs_dir", "track")):
             print(f"setting      {change.sentence}")

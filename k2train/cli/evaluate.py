@@ -61,9 +61,6 @@ def run(config: EvaluateConfig) -> int:
             names = write_tasks(Path(config.tasks).expanduser(), questions, documents)
             print(f"wrote {config.tasks}: the tasks {', '.join(names)}", file=sys.stderr)
         found = evaluate(trained, text, questions, config, world=world)
-    except ValueError as error:  # CheckpointError, DataError, ExportError and RunError among them
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
     finally:
         close_world()
     if config.json:

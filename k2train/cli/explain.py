@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 from k2train.cli.train import prepare_data
 from k2train.config import ConfigError, RunConfig, parse
 from k2train.paths import RunPaths
-from k2train.report import ReportError
 from k2train.report.records import in_order, read_config, read_lines
 from k2train.train.failures import report_failure
 from k2train.train.phases import build_plan
@@ -40,11 +38,7 @@ def main(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     folder, step = arguments.run.expanduser(), arguments.step
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        config = parse(RunConfig, read_config(folder))
-    except ReportError as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
+    config = parse(RunConfig, read_config(folder))
     plan = build_plan(config)
     if not 1 <= step <= plan.steps:
         raise ConfigError([f"--step {step}: the run {config.name} has the steps 1 to {plan.steps}"])

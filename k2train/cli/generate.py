@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +24,6 @@ def run(config: WriteConfig) -> int:
             write_one(trained.model, trained.tokenizer, config)
         else:
             write_many(trained.model, trained.tokenizer, config, prompts)
-    except ValueError as error:  # CheckpointError and ExportError among them
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
     finally:
         close_world()
     return 0

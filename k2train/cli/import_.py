@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,6 @@ def run(config: ImportConfig) -> int:
     """Writes the checkpoint and says how to go on; returns the exit status."""
     try:
         start(config)
-    except ValueError as error:  # ExportError and CheckpointError among them
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
     finally:
         close_world()
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from rich.table import Table
 
 from k2train.cli.prepare import console_for_tables
 from k2train.paths import RunPaths, incident_name
-from k2train.report import ReportError
 from k2train.report.records import in_order, read_config, read_lines
 
 
@@ -25,11 +23,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
     folder = parser.parse_args(words).run.expanduser()
-    try:
-        read_config(folder)
-    except ReportError as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
+    read_config(folder)  # or it is no run
     paths, console = RunPaths(folder), console_for_tables()
     text = paths.metrics.read_text(encoding="utf-8", errors="replace") if paths.metrics.is_file() else ""
     _, _, found = in_order(read_lines(text)[0])

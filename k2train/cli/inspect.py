@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2train.checkpoint import Checkpoint, CheckpointError, choose_checkpoint
+from k2train.checkpoint import Checkpoint, choose_checkpoint
 from k2train.cli.compose import as_yaml
 from k2train.config import CheckConfig, RunConfig, parse
 from k2train.train.phases import build_plan
@@ -16,11 +15,7 @@ from k2train.units import count, duration, memory
 
 def run(config: CheckConfig) -> int:
     """Prints it; returns the exit status."""
-    try:
-        checkpoint = choose_checkpoint(Path(config.checkpoint).expanduser())
-    except CheckpointError as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
+    checkpoint = choose_checkpoint(Path(config.checkpoint).expanduser())
     rows = list(describe(checkpoint))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from k2train.cli.progress import PrepareProgress
 from k2train.config import DataConfig, RunConfig
-from k2train.data import DataError, Dataset, open_dataset, prepare
+from k2train.data import Dataset, open_dataset, prepare
 from k2train.paths import cache_dir
 from k2train.units import count
 
@@ -19,11 +19,7 @@ PIPED_WIDTH = 120  # columns where the terminal does not say
 
 def run(config: RunConfig) -> int:
     """Prepares what ``config`` would train on and says what it is; returns the exit status."""
-    try:
-        dataset = prepared(config.data)
-    except DataError as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
+    dataset = prepared(config.data)
     console_for_tables().print(totals(dataset, config.data))
     for note in dataset.notes():
         print(note)

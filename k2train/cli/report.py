@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from k2train.paths import RunPaths
-from k2train.report import ReportError, read_run, write_page
+from k2train.report import read_run, write_page
 
 
 def main(words: Sequence[str]) -> int:
@@ -24,11 +24,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--to", type=Path, metavar="FILE", help="default: report.html, of a single run in its folder")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="the axis of the charts")
     arguments = parser.parse_args(words)
-    try:
-        runs = [read_run(folder.expanduser()) for folder in arguments.runs]
-    except ReportError as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
+    runs = [read_run(folder.expanduser()) for folder in arguments.runs]
     for run in runs:
         if run.damaged:
             lines = "1 damaged line is" if run.damaged == 1 else f"{run.damaged:,} damaged lines are"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from rich.text import Text
 
 from k2train.cli.prepare import console_for_tables, prepared, totals
 from k2train.config import RunConfig
-from k2train.data import DataError, Dataset
+from k2train.data import Dataset
 
 SAMPLES = 3  # documents of a split that are shown
 TOKENS = 80  # of each, at most
@@ -18,17 +17,13 @@ TOKENS = 80  # of each, at most
 def run(config: RunConfig) -> int:
     """Shows the data that ``config`` trains on, made if need be; returns the exit status."""
     console = console_for_tables()
-    try:
-        dataset = prepared(config.data)
-        console.print(totals(dataset, config.data))
-        for source in dataset.sources:
-            for split in ("train", "held_out"):
-                for origin, text in samples(dataset, split, source):
-                    console.print(f"\n{source}, {split.replace('_', ' ')}: {origin}", style="bold", markup=False)
-                    console.print(Text(text))
-    except DataError as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return 1
+    dataset = prepared(config.data)
+    console.print(totals(dataset, config.data))
+    for source in dataset.sources:
+        for split in ("train", "held_out"):
+            for origin, text in samples(dataset, split, source):
+                console.print(f"\n{source}, {split.replace('_', ' ')}: {origin}", style="bold", markup=False)
+                console.print(Text(text))
     console.print(f"\ndata: {dataset.folder}", markup=False, soft_wrap=True)
     return 0
 

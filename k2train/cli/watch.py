@@ -12,7 +12,6 @@ from typing import TextIO
 
 from k2train.config import RunConfig, parse
 from k2train.paths import RunPaths
-from k2train.report import ReportError
 from k2train.report.records import (
     Tail,
     in_order,
@@ -42,11 +41,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
     folder = parser.parse_args(words).run.expanduser()
     with contextlib.suppress(KeyboardInterrupt):
-        try:
-            watch(folder, sys.stdout)
-        except ReportError as error:
-            print(f"k2train: error: {error}", file=sys.stderr)
-            return 1
+        watch(folder, sys.stdout)
     return OK
 
 

@@ -140,10 +140,7 @@ def _is_expected(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno is not None
-    module = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_globals.get("__name__", "")
-    return isinstance(error, ValueError) and module.split(".")[0] in ("k2train", "muonclip")
+    return status.is_refusal(error)
 
 
 def _speaks(own: Failure, others: list[Failure]) -> bool:

@@ -139,5 +139,5 @@ def test_prompts_of_a_file(spoken, tmp_path, capsys):
     again = write(capsys, root, f"prompts={tmp_path / 'a.jsonl'}", "batch_size=2")
     assert [json.loads(line) for line in again.split("\n")[:-1]] == lines
     (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    assert main(["generate", str(root), f"prompts={tmp_path / 'b.jsonl'}"]) == 1
+    assert main(["generate", str(root), f"prompts={tmp_path / 'b.jsonl'}"]) == 2
     assert "b.jsonl: line 2 is not as" in capsys.readouterr().err
