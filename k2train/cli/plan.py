@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from k2train.config import PlanConfig
+from k2train.config import ConfigError, PlanConfig
 from k2train.paths import atomic_write
 from k2train.plan.estimate import Part, estimate, with_vocabulary
-from k2train.plan.page import as_json, page, search_page
+from k2train.plan.page import as_json, page, search_json, search_page
 from k2train.plan.picture import picture
 from k2train.plan.search import search
 from k2train.status import FAILED, OK
@@ -19,25 +20,32 @@ from k2train.train.phases import build_plan
 def run(config: PlanConfig) -> int:
     """Prints the plan; 0 if the run fits into the memory of the cluster's devices.
 
+    A search shows what it has found even where the run cannot be split as its config says.
+
     Raises:
-        ConfigError: the run cannot be split so, or its phases do not fit together.
+        ConfigError: it cannot be split so, or its phases do not fit together.
         OSError: the picture cannot be written.
     """
     config = with_vocabulary(config)
     steps = parts(config)
-    found = estimate(config, steps)
     searched = search(config, steps) if config.search else None
+    try:
+        found = estimate(config, steps)
+    except ConfigError:
+        if searched is not None and searched.tried:
+            _print(config, search_page(searched), {"search": search_json(searched)})
+        raise
     if config.picture is not None:
         atomic_write(Path(config.picture).expanduser(), picture(found))
-    if config.json:
-        json.dump(as_json(found, searched), sys.stdout, indent=2)
-        print()
-    else:
-        lines = page(found)
-        if searched is not None:
-            lines += ["", *search_page(searched)]
-        print("\n".join(lines))
+    lines, values = page(found), as_json(found)
+    if searched is not None:
+        lines, values = [*lines, "", *search_page(searched)], {**values, "search": search_json(searched)}
+    _print(config, lines, values)
     return OK if found.fits else FAILED
+
+
+def _print(config: PlanConfig, lines: Sequence[str], values: Mapping[str, Any]) -> None:
+    print(json.dumps(values, indent=2) if config.json else "\n".join(lines))
 
 
 def parts(config: PlanConfig) -> list[Part]:

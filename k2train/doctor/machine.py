@@ -29,7 +29,7 @@ class Machine:
     device: str  # its name
     memory: int  # of the device
     free: int
-    devices: int  # of the node
+    devices: int  # GPUs of the node, or cores that a process of it may use
     processes: int  # of the node
     shared_memory: int | None  # None: there is none
     open_files: int  # that a process may have; -1: no limit

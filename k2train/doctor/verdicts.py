@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_high
 
@@ -60,11 +60,19 @@ def devices(machines: Sequence[Machine]) -> Verdict:
         return Verdict(
             "devices", WARNING, said, "all ranks wait for the slowest, and the smallest has to hold its share"
         )
-    if first.device != "CPU":
-        busy = [rank for rank, m in enumerate(machines) if m.free < (1 - BUSY) * m.memory]
-        if busy:
-            said = f"{memory(machines[busy[0]].free)} of {memory(first.memory)} are free on {ranks(busy, machines)}"
-            return Verdict("devices", WARNING, said, "another program is there: look with nvidia-smi, and end it")
+    on_cpu = first.device == "CPU"
+    busy = [rank for rank, m in enumerate(machines) if not on_cpu and m.free < (1 - BUSY) * m.memory]
+    if busy:
+        said = f"{memory(machines[busy[0]].free)} of {memory(first.memory)} are free on {ranks(busy, machines)}"
+        return Verdict("devices", WARNING, said, "another program is there: look with nvidia-smi, and end it")
+    uneven = [r for r, m in enumerate(machines) if (m.processes > m.devices if on_cpu else m.processes < m.devices)]
+    if uneven:
+        node = machines[uneven[0]]
+        said = (
+            f"{node.processes} processes for {node.devices} {'cores' if on_cpu else 'GPUs'}: {ranks(uneven, machines)}"
+        )
+        remedy = "PROCESSES of launch/: one for each GPU, and no more than one for each core"
+        return Verdict("devices", WARNING, said, remedy)
     nodes = len({m.host for m in machines})
     said = f"{len(machines)} x {first.device}, {memory(first.memory)}, on {nodes} host{'s' if nodes > 1 else ''}"
     return Verdict("devices", OK, said)
@@ -72,10 +80,9 @@ def devices(machines: Sequence[Machine]) -> Verdict:
 
 def products(machines: Sequence[Machine]) -> Verdict:
     """Whether a rank computes more slowly than the others."""
-    rates = [m.products for m in machines]
-    return _speed(
-        "products", rates, machines, lambda rate: f"{count(2 * rate)}FLOP/s", "its clock, its cooling and its load"
-    )
+    rates = {rank: m.products for rank, m in enumerate(machines)}
+    look = "its clock, its cooling and its load"
+    return _speed("products", rates, machines, lambda rate: f"{count(2 * rate)}FLOP/s", "attained", look=look)
 
 
 def shared_memory(machines: Sequence[Machine]) -> Verdict:
@@ -113,10 +120,11 @@ def network(networks: Sequence[Network | None], machines: Sequence[Machine]) -> 
         return Verdict("network", OK, together)
     pairs = _speed(
         "network",
-        [one.pair for one in found],
+        {rank: one.pair for rank, one in enumerate(found)},
         machines,
-        lambda rate: f"{memory(rate)}/s in pairs",
-        "its cable and port",
+        lambda rate: f"{memory(rate)}/s",
+        "in pairs",
+        look="its cable and port",
     )
     return Verdict("network", pairs.verdict, f"{together}; {pairs.said}", pairs.remedy)
 
@@ -145,7 +153,8 @@ def folder(about: str, found: Sequence[Folder], machines: Sequence[Machine], *, 
     path = found[0].path
     closed = [rank for rank, one in enumerate(found) if one.fault]
     if closed:
-        return Verdict(about, FAILS, f"{ranks(closed, machines)} cannot write: {found[closed[0]].fault}")
+        said = f"{ranks(closed, machines)} cannot write: {found[closed[0]].fault}"
+        return Verdict(about, FAILS, said, "look at its owner and mount there, or give a folder that all may write to")
     blind = [rank for rank, one in enumerate(found) if one.unseen]
     if blind:
         said = f"{ranks(blind, machines)} do not see what {ranks(found[blind[0]].unseen, machines)} wrote to {path}"
@@ -154,17 +163,28 @@ def folder(about: str, found: Sequence[Folder], machines: Sequence[Machine], *, 
     if free < needed:
         said = f"{memory(free)} free in {path}, and a checkpoint takes {memory(needed)}"
         return Verdict(about, FAILS, said, "free some space, or give another folder")
-    rated = [rank for rank, one in enumerate(found) if one.rate is not None]
-    rates = [one.rate for one in found if one.rate is not None]
-    speed = _speed(about, rates, machines, lambda rate: f"{memory(rate)}/s written", "its mount and its network", rated)
-    return Verdict(about, speed.verdict, f"{path}: {memory(free)} free; {speed.said}", speed.remedy)
+    speeds = [
+        _speed(
+            about,
+            {rank: rate for rank, one in enumerate(found) if (rate := getattr(one, way)) is not None},
+            machines,
+            lambda rate: f"{memory(rate)}/s",
+            way,
+            look="its mount and its network",
+        )
+        for way in ("written", "read")
+    ]
+    slow = next((speed for speed in speeds if speed.verdict != OK), speeds[0])
+    said = f"{path}: {memory(free)} free; {', '.join(speed.said for speed in speeds)}"
+    return Verdict(about, slow.verdict, said, slow.remedy)
 
 
 def data(found: Sequence[Data], machines: Sequence[Machine]) -> Verdict:
     """Whether the data set is there, the same for all ranks, and whole."""
     faults = [rank for rank, one in enumerate(found) if one.fault]
     if faults:
-        return Verdict("data", FAILS, f"{ranks(faults, machines)}: {found[faults[0]].fault}")
+        said = f"{ranks(faults, machines)}: {found[faults[0]].fault}"
+        return Verdict("data", FAILS, said, "k2train data show with the same words looks at it on one host")
     first = found[0]
     if first.fingerprint is None:
         return Verdict(
@@ -184,7 +204,8 @@ def config(faults: Sequence[str]) -> Iterator[Verdict]:
     if not faults:
         yield Verdict("config", OK, "composes, and fits this number of processes")
     for fault in faults:
-        yield Verdict("config", FAILS, fault)
+        remedy = "k2train plan with the same words tells it before a launch; with --search, what divides and fits"
+        yield Verdict("config", FAILS, fault, remedy)
 
 
 def ranks(numbers: Sequence[int], machines: Sequence[Machine]) -> str:
@@ -196,18 +217,18 @@ def ranks(numbers: Sequence[int], machines: Sequence[Machine]) -> str:
 
 def _speed(
     about: str,
-    rates: Sequence[float],
+    rates: Mapping[int, float],
     machines: Sequence[Machine],
-    said: Callable[[float], str],
+    text: Callable[[float], str],
+    how: str,
+    *,
     look: str,
-    whose: Sequence[int] | None = None,
 ) -> Verdict:
-    """Whether one is slower than the others; ``whose`` rates they are, None: one of each rank."""
-    usual = median_high(rates)
-    slow = [number for number, rate in enumerate(rates) if rate < SLOW * usual]
+    """Whether a rank is slower than the others; ``rates`` are by rank."""
+    usual = median_high(rates.values())
+    slow = sorted((rank for rank, rate in rates.items() if rate < SLOW * usual), key=lambda rank: rates[rank])
     if slow:
-        slowest = min(slow, key=lambda number: rates[number])
-        numbers = [whose[number] if whose else number for number in slow]
-        text = f"{ranks(numbers, machines)} slow: {said(rates[slowest])}, usual {said(usual)}"
-        return Verdict(about, WARNING, text, f"all ranks wait for the slowest: look at {look}")
-    return Verdict(about, OK, f"{said(min(rates))} to {said(max(rates))}" if len(rates) > 1 else said(rates[0]))
+        said = f"{ranks(slow, machines)} slow: {text(rates[slow[0]])} {how}, usual {text(usual)}"
+        return Verdict(about, WARNING, said, f"all ranks wait for the slowest: look at {look}")
+    least, most = text(min(rates.values())), text(max(rates.values()))
+    return Verdict(about, OK, f"{least} to {most} {how}" if len(rates) > 1 else f"{least} {how}")

@@ -113,9 +113,9 @@ def search_page(found: Found) -> list[str]:
     return lines
 
 
-def as_json(found: Estimate, searched: Found | None) -> dict[str, Any]:
-    """The same for programs: bytes, seconds and FLOPs."""
-    result: dict[str, Any] = {
+def as_json(found: Estimate) -> dict[str, Any]:
+    """The same for programs: bytes, seconds and FLOPs. Its keys are a promise; see docs/plan.md."""
+    return {
         "name": found.layout.config.name,
         "parameters": found.parameters,
         "active_parameters": found.active,
@@ -130,16 +130,18 @@ def as_json(found: Estimate, searched: Found | None) -> dict[str, Any]:
         "fits": found.fits,
         "phases": [_phase_json(phase) for phase in found.phases],
     }
-    if searched is not None:
-        result["search"] = {
-            "tried": searched.tried,
-            "fitting": [
-                {"overrides": candidate.overrides, "seconds": one.seconds, "memory": one.fullest.memory.total}
-                for candidate, one in searched.fitting
-            ],
-            "reasons": {what: asdict(reason) for what, reason in searched.reasons.items()},
-        }
-    return result
+
+
+def search_json(found: Found) -> dict[str, Any]:
+    """What a search has found, for programs."""
+    return {
+        "tried": found.tried,
+        "fitting": [
+            {"overrides": candidate.overrides, "seconds": one.seconds, "memory": one.fullest.memory.total}
+            for candidate, one in found.fitting
+        ],
+        "reasons": {what: asdict(reason) for what, reason in found.reasons.items()},
+    }
 
 
 def _phase_json(phase: PhaseEstimate) -> dict[str, Any]:

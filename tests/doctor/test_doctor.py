@@ -127,6 +127,23 @@ def test_two_processes_with_a_fault(tmp_path, fault, verdict, said):
     assert [about for about, how, _ in first if how == "fails" and about != fault] == []
 
 
+def counted(name: str) -> int:
+    """Bytes that this process has read from disks, or given to them."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def test_what_is_read_comes_from_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "SAMPLE", 2**23)
+    read, wrote = counted("read_bytes"), counted("write_bytes")
+    (found,) = folders.probe(tmp_path, open_world("cpu"))
+    close_world()
+    assert min(found.written, found.read) > 0
+    if counted("write_bytes") - wrote < 2**23:
+        pytest.skip("there is no disk below this folder")
+    assert counted("read_bytes") - read >= 2**23
+
+
 def test_what_a_checkpoint_takes():
     config = parse(RunConfig, compose(DOCTOR, ["model=k2", "data=prepared", "data.prepared=x"]))
     assert checkpoint_bytes(config) == pytest.approx(8 * 1.026e12, rel=0.01)

@@ -130,3 +130,35 @@ def test_two_hosts(runner, two_hosts):
     for status, said in map(ended, processes):
         assert status == 0, said
     assert machine(runner, "hosts") == (2, 4)
+
+
+AHEAD = "import time; own = time.time; time.time = lambda: own() + 90"
+READ_ONLY = ["sh", "-c", 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"']
+
+
+@pytest.mark.full
+def test_doctor_names_the_host_with_the_faults(runner, two_hosts, tmp_path):
+    """Of the second host the version, the clock, the speed and the disk are wrong."""
+    (tmp_path / "sitecustomize.py").write_text(AHEAD)
+    (tmp_path / "deepspeed-0.0.1.dist-info").mkdir()
+    (tmp_path / "deepspeed-0.0.1.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 0.0.1\n")
+    runner.runs.mkdir(exist_ok=True)
+    words = [LAUNCH / "torchrun.sh", "doctor", *runner.settings("examined", *SHORT)]
+    common = {"NODES": "2", "HEAD": "k2train-0:29400", "PROCESSES": "1"}
+    path = f"{tmp_path}:{runner.environment()['PYTHONPATH']}"
+    faults = {"PYTHONPATH": path, "MKL_CBWR": "COMPATIBLE"}  # as slow as MKL's oldest code
+    sound = start(runner, [*two_hosts[0], *words], **common)
+    faulty = start(runner, [*two_hosts[1], *READ_ONLY, runner.runs, *words], **common, **faults)
+    (status, said), (other_status, _) = ended(sound), ended(faulty)
+    assert (status, other_status) == (1, 1)
+    second, lines = "rank 1 (k2train-1)", said.splitlines()
+    for about, verdict, sentence in (
+        ("versions", "fails", f"deepspeed is 0.0.1 on {second}"),
+        ("products", "warning", f"{second} slow"),
+        ("clocks", "fails", f"the clock of {second} is +90.0 s off"),
+        ("runs_dir", "fails", f"{second} cannot write: {runner.runs}"),
+    ):
+        line = next(number for number, line in enumerate(lines) if line.startswith(f"{verdict:<8} {about} "))
+        assert sentence in lines[line], said
+        assert " -> " in lines[line + 1]  # a remedy
+    assert not [line for line in lines if line.startswith("fails    data")]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,16 @@ from k2train.train.phases import build_plan
 from tests.plan.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
+MEMORY = 4_000_000_000  # bytes that a rehearsal of any size may take
 SIZES = ("weights", "fp32 masters", "momenta")
 
 
 def rehearse(*words: str) -> subprocess.CompletedProcess:
-    """In a process of its own, as DeepSpeed keeps its groups."""
+    """In a process of its own, as DeepSpeed keeps its groups, which is refused more memory than ``MEMORY``."""
     return subprocess.run(
         [sys.executable, "-m", "k2train", "rehearse", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'optim'}"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
         capture_output=True,
         text=True,
     )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,16 @@ def test_json_adds_up(capsys):
         )
         assert sum(phase["step_parts"].values()) == pytest.approx(phase["step_seconds"])
     assert found["search"]["fitting"]
+
+
+def test_the_keys_of_json_are_those_that_are_promised(capsys):
+    """Programs rely on docs/plan.md: change it and the changelog with this test."""
+    assert main(["plan", "experiment=tiny", "cluster=cpu", "--json", "--search"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (phase,), searched = found["phases"], found["search"]
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    for level in (found, phase, phase["memory"], searched, searched["fitting"][0]):
+        assert f"`{', '.join(level)}`" in page
 
 
 def test_a_run_that_does_not_fit_is_told_so(capsys):
@@ -155,6 +166,41 @@ def test_a_search_ranks_what_fits_and_says_why_the_rest_does_not():
     again = estimate(configured(config, candidate), [own])
     assert again.fits
     assert again.seconds == pytest.approx(best.seconds, rel=0.02)
+
+
+def test_a_search_helps_where_the_run_cannot_be_split_as_it_says(capsys):
+    words = ["plan", "experiment=tiny", "cluster.devices_per_node=8", "--search"]  # micro-batches of 4, a batch of 8
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "it must be a multiple of 32" in said.err
+    assert "train.micro_batch_size=1" in said.out
+    assert main([*words, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["search"]["fitting"]
+    assert main([*words, "cluster.devices_per_node=7"]) == 2  # which no micro-batch makes possible
+    said = capsys.readouterr()
+    assert not said.out
+    assert "it must be a multiple of 28" in said.err
+
+
+@pytest.mark.parametrize(
+    ("nodes", "batch"), [(12, 16416), (192, 18432), (1, 14)], ids=["96 devices", "1536 devices", "7 devices"]
+)
+def test_a_search_on_an_odd_number_of_devices(nodes, batch):
+    each = 7 if nodes == 1 else 8
+    config = config_of("model=moonlight-16b", f"cluster.nodes={nodes}", f"cluster.devices_per_node={each}")
+    found = search(config, [Part("training", 10, batch, 1, 4096)])
+    assert found.tried == len(found.fitting) + sum(reason.ways for reason in found.reasons.values()) > 0
+    for candidate, one in found.fitting:
+        assert one.layout.ranks % candidate.expert_parallel == 64 % candidate.expert_parallel == 0
+        assert batch * candidate.sequence_parallel % (one.layout.ranks * candidate.micro_batch_size) == 0
+
+
+@pytest.mark.parametrize("option", ["small-dense", "small-gqa"])
+def test_a_search_for_a_plainer_model(option):
+    config = config_of(f"model={option}", "cluster.nodes=2")
+    found = search(config, [Part("training", 10, 64, 1, 256)])
+    degrees = {candidate.expert_parallel for candidate, _ in found.fitting}
+    assert degrees == ({1} if option == "small-dense" else {1, 2, 4, 8, 16})
 
 
 def test_a_search_that_finds_nothing_names_what_is_closest(capsys):
