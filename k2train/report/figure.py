@@ -10,7 +10,8 @@ from k2train.report.page import templates
 
 COLUMNS = 2  # of charts
 HEAD = 18  # of the SVG's units, for a chart's title
-ENTRIES, ENTRY_HEIGHT = 3, 13  # of the legend in a row; of a row
+# Of the legend: the height of a row, and of an entry the width of its line with the space around it, and of a character.
+ENTRY_HEIGHT, ENTRY_LINE, CHARACTER = 13, 38, 5.2
 
 
 def figure(drawn: Sequence[Chart]) -> str:
@@ -21,7 +22,7 @@ def figure(drawn: Sequence[Chart]) -> str:
         for column, chart in enumerate(drawn[row : row + COLUMNS]):
             legend = _legend(chart)
             panels.append((chart, column * WIDTH, y, legend))
-            heights.append(HEAD + HEIGHT + ENTRY_HEIGHT * -(-len(legend) // ENTRIES) + 12)
+            heights.append(HEAD + (legend[-1][2] if legend else HEIGHT) + 12)
         y += max(heights)
     width = WIDTH * min(COLUMNS, len(drawn))
     return templates().get_template("figure.svg").render(panels=panels, width=width, height=y, head=HEAD, box=charts)
@@ -30,8 +31,12 @@ def figure(drawn: Sequence[Chart]) -> str:
 def _legend(chart: Chart) -> list[tuple[dict[str, object], float, float]]:
     """(line, left, baseline) of each entry; none for a single curve."""
     named = [line for line in chart.lines if line["name"]]
-    wide = (WIDTH - LEFT) / ENTRIES
-    return [
-        (line, LEFT + k % ENTRIES * wide, HEIGHT + ENTRY_HEIGHT * (k // ENTRIES + 1))
-        for k, line in enumerate(named if len(named) > 1 else [])
-    ]
+    found: list[tuple[dict[str, object], float, float]] = []
+    left, row = float(LEFT), 1
+    for line in named if len(named) > 1 else []:
+        wide = ENTRY_LINE + CHARACTER * len(str(line["name"]))
+        if found and left + wide > WIDTH:
+            left, row = float(LEFT), row + 1
+        found.append((line, left, HEIGHT + ENTRY_HEIGHT * row))
+        left += wide
+    return found

@@ -27,3 +27,17 @@ def test_all_charts_are_in_the_figure_with_their_legends():
     places = [g.get("transform")[len("translate(") : -1].split() for g in root.findall(f"{SVG}g")]
     assert len({tuple(place) for place in places}) == 3
     assert all(float(x) < width and float(y) + 230 < height for x, y in places)
+
+
+def test_a_legend_of_long_names_fits():
+    names = ["dense feed-forward, AdamW", "router", "shared experts, Muon", "a", "attention, Muon", "b" * 50]
+    curves = [Series(name=name, x=[1, 2], y=[k, 2], colour=k) for k, name in enumerate(names)]
+    root = ET.fromstring(figure([line_chart("loss", "nats", curves)]))
+    found = {"".join(text.itertext()): text for text in root.iter(f"{SVG}text")}
+    ends = {}  # of the last entry of each row
+    for name in names:
+        left, row = float(found[name].get("x")), float(found[name].get("y"))
+        assert left - 26 >= ends.get(row, 0)
+        ends[row] = left + 4.8 * len(name)  # of a character at 9.5 px, on average
+        assert ends[row] <= 400
+    assert len(ends) > 1
