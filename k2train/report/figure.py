@@ -10,7 +10,7 @@ from k2train.report.page import templates
 
 COLUMNS = 2  # of charts
 HEAD = 18  # of the SVG's units, for a chart's title
-# Of the legend: the height of a row, and of an entry the width of its line with the space around it, and of a character.
+# Of the legend: the height of a row; of an entry the width of its line with the space around it, and of a character.
 ENTRY_HEIGHT, ENTRY_LINE, CHARACTER = 13, 38, 5.2
 
 
