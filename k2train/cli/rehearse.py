@@ -6,13 +6,12 @@ import dataclasses
 import gc
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from k2train.cli.plan import parts
-from k2train.config import ConfigError, RehearseConfig
+from k2train.config import RehearseConfig
 from k2train.paths import cache_dir
 from k2train.plan.estimate import Estimate, estimate, with_vocabulary
 from k2train.status import FAILED, OK
@@ -32,17 +31,8 @@ def run(config: RehearseConfig) -> int:
 
     Raises:
         ConfigError: the run cannot be split so, or its phases do not fit together.
+        ValueError: the data, the run or the optimizer refuse.
     """
-    try:
-        return _rehearse(config)
-    except ConfigError:
-        raise
-    except ValueError as error:  # of the data, the run or the optimizer
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return FAILED
-
-
-def _rehearse(config: RehearseConfig) -> int:
     dataset = _dataset(config)
     if dataset is not None and config.model.vocab_size is None:
         config = _with_vocabulary(config, dataset.padded_vocab_size)
