@@ -342,6 +342,7 @@ TOOLS = {
     "explain": "show what a step of a run was like, by taking it again from a checkpoint",
     "reproduce": "test a claim about MuonClip by many small runs, with a verdict",
     "report": "make a page of one run, or of several side by side, whatever their state",
+    "scale": "foretell loss, learning rate and batch of a larger run from a sweep over sizes",
     "table": "make a table and figures of a sweep, over seeds with intervals",
     "watch": "follow a run from another terminal",
 }
