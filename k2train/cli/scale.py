@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from k2train.cli.prepare import console_for_tables
 from k2train.experiments.scaling.figures import charts
 from k2train.experiments.scaling.page import cell_rows, forecast_lines, held_out_rows, law_lines, verdict
 from k2train.experiments.scaling.record import record
-from k2train.experiments.scaling.runs import ScalingError, as_csv, read_runs
+from k2train.experiments.scaling.runs import as_csv, read_runs
 from k2train.experiments.scaling.study import study
 from k2train.paths import atomic_write
 from k2train.report import figure
-from k2train.status import FAILED, OK
+from k2train.status import OK
 
 
 def main(words: Sequence[str]) -> int:
@@ -27,18 +26,15 @@ def main(words: Sequence[str]) -> int:
 
     Raises:
         ConfigError: of the target.
+        ScalingError: no law can be fitted, or none says anything of the target.
         OSError: a file cannot be read or written.
     """
     arguments = _parser().parse_args(words)
     target = run_config(arguments.target) if arguments.target else None
     sweeps = [path.expanduser() for path in arguments.sweeps]
     folder = arguments.folder or (sweeps[0].parent if sweeps[0].suffix == ".csv" else sweeps[0])
-    try:
-        runs, unfinished = read_runs(sweeps)
-        found = study(runs, target)
-    except ScalingError as error:
-        print(f"k2train: error: {error}", file=sys.stderr)
-        return FAILED
+    runs, unfinished = read_runs(sweeps)
+    found = study(runs, target)
     if unfinished:
         print(f"left out: {unfinished} runs that are not finished\n")
     _show(cell_rows(found.laws.cells))
@@ -71,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="k2train scale",
         description=(
-            "Takes the best learning rate and batch of each size and number of tokens in sweeps, fits the loss over "
+            "Takes the best learning rate and batch of each size and number of tokens in sweeps; fits the loss over "
             "parameters, tokens and operations, and the best settings likewise; says whether the smaller sizes would "
             "have foretold the largest; and foretells a target. Writes scale.csv (the runs), scale.json and scale.svg "
             "to DIR. See docs/how-to/scale.md."
