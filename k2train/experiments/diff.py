@@ -8,6 +8,7 @@ them alone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from k2train.checkpoint import Checkpoint
 
 Record = Mapping[str, Any]
 
+_OF_A_PROCESS = re.compile(r"rank-\d+/")
 # What tells of the machine, and not of what is learnt.
 MACHINE = {"elapsed", "tokens_per_second", "utilisation", "memory", "seconds", "max_logit_fallbacks"}
 
@@ -70,6 +72,8 @@ def compare_logs(first: Sequence[Record], second: Sequence[Record], *, tolerance
 def compare_weights(pairs: Sequence[tuple[Checkpoint, Checkpoint]], *, tolerance: float) -> Difference:
     """Holds all tensors of checkpoints of the same steps against each other: weights, moments, buffers.
 
+    What a process keeps of its own, its generators and its hooks' state, is compared between as many processes alone.
+
     Args:
         pairs: in order of steps.
         tolerance: largest norm of a tensor's difference that is rounding, over the tensor's norm.
@@ -118,7 +122,11 @@ def _relative(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _tensors(one: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, float]]:
     """Name and relative difference of the tensors that are not equal in two checkpoints."""
+    own = [{name for name in each.manifest.tensors if _OF_A_PROCESS.match(name)} for each in (one, other)]
+    left_out = set() if own[0] == own[1] else own[0] | own[1]
     for tensor in dict.fromkeys([*one.manifest.tensors, *other.manifest.tensors]):
+        if tensor in left_out:
+            continue
         if one.manifest.tensors.get(tensor) != other.manifest.tensors.get(tensor):
             yield tensor, math.inf
             continue

@@ -409,7 +409,7 @@ class Trainer:
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         offload = " with offload" if parallel.offload_optimizer else ""
         shared = f", sequence parallelism {parallel.sequence_parallel}" if parallel.sequence_parallel > 1 else ""
-        threads = f" of {self.threads} threads" if world.device.type == "cpu" else ""
+        threads = f" of {self.threads} thread{'s' if self.threads > 1 else ''}" if world.device.type == "cpu" else ""
         attention = self.model.attention_layers()[0][1].backend(self.config.train.sequence_length)
         self.say(
             f"{self.config.name}: {count(total)} parameters, {count(active)} active a token; "

@@ -100,6 +100,18 @@ def test_a_tensor_that_one_lacks(pair, capsys):
     assert "w/master at step 5 (relative inf)" in capsys.readouterr().out
 
 
+def test_what_a_process_keeps_is_compared_between_as_many_processes(pair, capsys):
+    runs = pair({})
+    weights = {"w": torch.ones(2)}
+    save(runs[0], 4, **weights, **{"rank-00000/generators": torch.ones(2)})
+    save(runs[1], 4, **weights, **{"rank-00000/generators": torch.zeros(2), "rank-00001/generators": torch.ones(2)})
+    assert diff(runs) == 0
+    assert capsys.readouterr().out.endswith("The same, bit for bit.\n")
+    save(runs[0], 5, **weights, **{"rank-00000/generators": torch.ones(2)})
+    save(runs[1], 5, **weights, **{"rank-00000/generators": torch.zeros(2)})
+    assert diff(runs) == 1
+
+
 def test_nothing_in_common(tmp_path, capsys):
     runs = [make_run(tmp_path / str(n), [step(n)]) for n in (1, 2)]
     assert diff(runs) == 1
