@@ -29,8 +29,8 @@ class Place(enum.Enum):
     """Where the best of the values is that were tried."""
 
     INSIDE = "inside"
-    LOWEST = "at the lowest"
-    HIGHEST = "at the highest"
+    LOWEST = "the lowest tried"
+    HIGHEST = "the highest tried"
     ALONE = "not varied"
 
 

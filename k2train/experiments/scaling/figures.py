@@ -33,7 +33,7 @@ def _sizes(laws: Laws) -> Chart | None:
         places = [own[0].point | {"N": size} for size in _between([cell.point["N"] for cell in own])]
         if "C" not in laws.loss.form.over and len(own) > 1:
             curves.append(_law([place["N"] for place in places], laws.loss.loss(places).tolist(), colour))
-    return _log_lines("Held-out loss over active parameters", "measured, and the law (dashed)", curves)
+    return _log_lines("Loss over active parameters", "dashed: the law", curves)
 
 
 def _operations(laws: Laws) -> Chart | None:
@@ -46,7 +46,7 @@ def _operations(laws: Laws) -> Chart | None:
         places = _between([cell.point["C"] for cell in laws.cells])
         losses = laws.compute.loss([{"C": place} for place in places]).tolist()
         curves.append(_law(places, losses, len(curves), name=str(laws.compute.form)))
-    return _log_lines("Held-out loss over operations", "by size", curves)
+    return _log_lines("Loss over operations", "by size", curves)
 
 
 def _test(backtest: Backtest) -> Chart | None:
@@ -89,7 +89,7 @@ def _learning_rates(laws: Laws) -> Chart | None:
         if laws.lr and "C" not in laws.lr.over:
             places = [own[0].point | {"N": size} for size in _between([cell.point["N"] for cell in own])]
             curves.append(_law([place["N"] for place in places], [laws.lr.at(place)[0] for place in places], colour))
-    return _log_lines("Best learning rate over active parameters", "where it is inside what was tried", curves)
+    return _log_lines("Best learning rate over active parameters", "dashed: the law", curves)
 
 
 def _by_tokens(cells: Sequence[Cell]) -> dict[int, list[Cell]]:

@@ -16,44 +16,31 @@ FAR = 10  # times the largest size, tokens or operations of the sweep, from wher
 
 def cell_rows(found: Sequence[Cell]) -> list[list[str]]:
     """A head, and a line for each cell."""
-    head = ["active", "total", "tokens", "FLOPs", "runs", "seeds", "loss", "best lr", "best batch", "with"]
-    rows = [
-        [
-            *(count(number) for number in (cell.size.active, cell.size.total, cell.tokens, cell.point["C"])),
-            *(
-                str(cell.runs),
-                str(cell.seeds),
-                f"{cell.loss:.4f}",
-                _optimum(cell.lr),
-                _optimum(cell.batch),
-                cell.others,
-            ),
-        ]
-        for cell in found
-    ]
-    return [head, *rows] if any(cell.others for cell in found) else [row[:-1] for row in (head, *rows)]
+    rows = [["active", "total", "tokens", "FLOPs", "runs", "seeds", "loss", "best lr", "best batch", "with"]]
+    for cell in found:
+        sizes = [count(number) for number in (cell.size.active, cell.size.total, cell.tokens, cell.point["C"])]
+        counts = [str(cell.runs), str(cell.seeds)]
+        rows.append([*sizes, *counts, f"{cell.loss:.4f}", _optimum(cell.lr), _optimum(cell.batch), cell.others])
+    return rows if any(cell.others for cell in found) else [row[:-1] for row in rows]
 
 
 def _optimum(best: Optimum) -> str:
-    if best.place is Place.ALONE:
-        return f"{_short(best.tried)}, {best.place.value}"
-    if best.place is not Place.INSIDE:
-        return f"{_short(best.tried)}, {best.place.value} tried"
-    ends = [best.low, best.high]
-    return _short(best.value) + ("" if any(map(math.isnan, ends)) else f" ({' to '.join(map(_short, ends))})")
+    if best.place is Place.INSIDE:
+        return _within(best.value, (best.low, best.high))
+    return f"{_short(best.tried)}, {best.place.value}"
 
 
 def held_out_rows(backtest: Backtest) -> list[list[str]]:
     """A head, and a line for each cell that was left out."""
-    rows = [["active", "tokens", "measured", "foretold", "within", "next smaller size", "lr measured", "lr foretold"]]
+    rows = [["active", "tokens", "foretold", "loss", "within", "size before", "lr foretold", "best lr"]]
     for held in backtest.held_out:
-        said = held.forecast
+        said, cell = held.forecast, held.cell
         rows.append(
             [
-                *(count(held.cell.size.active), count(held.cell.tokens), f"{held.cell.loss:.4f}", f"{said.loss:.4f}"),
-                f"{said.low:.4f} to {said.high:.4f}: {'yes' if held.within else 'no'}",
+                *(count(cell.size.active), count(cell.tokens), _within(said.loss, (said.low, said.high))),
+                *(f"{cell.loss:.4f}", "yes" if held.within else "no"),
                 "-" if held.before is None else f"{held.before:.4f}",
-                *(_optimum(held.cell.lr), _interval(said.lr)),
+                *("-" if said.lr is None else _within(said.lr[0], said.lr[1:]), _optimum(cell.lr)),
             ]
         )
     return rows
@@ -109,7 +96,7 @@ def forecast_lines(said: Forecast, laws: Laws, *, length: int) -> list[str]:
     """Of the target; ``length`` tokens are a sequence."""
     place = said.point
     lines = [
-        f"target: {count(place['N'])} active parameters, {count(place['D'])} tokens, {place['C']:.3g} FLOPs",
+        f"target: {count(place['N'])} active parameters, {count(place['D'])} tokens, {count(place['C'])} FLOPs",
         f"loss {said.loss:.4f}, within {said.low:.4f} to {said.high:.4f} in {CONFIDENCE:.0%} of cases",
         f"optim.lr={_short(said.lr[0])}, within {_ends(said.lr[1:])}" if said.lr else "optim.lr: no law",
     ]
@@ -130,7 +117,7 @@ def forecast_lines(said: Forecast, laws: Laws, *, length: int) -> list[str]:
 
 def _constants(law: Law) -> str:
     spread = law.spread(confidence=CONFIDENCE)
-    named = [f"{name} = {value:.3g} ({_ends(spread[name])})" for name, value in law.constants.items()]
+    named = [f"{name} = {_within(value, spread[name])}" for name, value in law.constants.items()]
     scatter = math.sqrt(float(law.residuals @ law.residuals) / (len(law.residuals) - law.form.parameters))
     return f"  {', '.join(named)}; around it losses scatter by {scatter:.2%}"
 
@@ -140,8 +127,9 @@ def _trend(law: Trend) -> str:
     return " ".join([f"{law.factor:.3g}", *powers])
 
 
-def _interval(values: tuple[float, float, float] | None) -> str:
-    return "-" if values is None else f"{_short(values[0])} ({_ends(values[1:])})"
+def _within(value: float, ends: Sequence[float]) -> str:
+    """A value and its interval, where there is one."""
+    return _short(value) if any(map(math.isnan, ends)) else f"{_short(value)} ({_ends(ends)})"
 
 
 def _ends(values: Sequence[float]) -> str:
@@ -149,4 +137,5 @@ def _ends(values: Sequence[float]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    """Four digits of a loss; of what goes over orders of magnitude three."""
+    return count(value) if value >= 1000 else f"{value:.4g}" if 1 <= value < 10 else f"{value:.3g}"
