@@ -9,7 +9,7 @@ import pytest
 from k2train.cli import main
 from k2train.cli.multirun import run_config
 from k2train.config import leaves, to_dict
-from k2train.experiments.scaling.runs import read_runs, size_of
+from k2train.experiments.scaling.runs import as_csv, read_runs, size_of
 from k2train.plan.count import parameters, total
 
 WIDTHS = (24, 48, 96, 144)
@@ -100,6 +100,13 @@ def test_a_target_on_other_text_is_refused(sweep, tmp_path, capsys):
     target = ["experiment=mini", "train.sequence_length=256"]
     assert main(["scale", str(sweep), "--folder", str(tmp_path), "--target", *target]) == 1
     assert "the target's text is another than the sweep's" in capsys.readouterr().err
+
+
+def test_a_target_of_more_tokens_than_the_sweep_knows_is_refused(sweep, tmp_path, capsys):
+    runs = [run for run in read_runs([sweep])[0] if run.tokens == STEPS[1] * 1024]
+    (tmp_path / "runs.csv").write_text(as_csv(runs))
+    assert main(["scale", str(tmp_path / "runs.csv"), "--target", *words(192, 800)]) == 1
+    assert "819200 tokens where the sweep has about 204800" in capsys.readouterr().err
 
 
 def test_a_folder_without_finished_runs(tmp_path, capsys):

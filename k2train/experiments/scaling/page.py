@@ -81,15 +81,17 @@ def law_lines(laws: Laws) -> list[str]:
 
 
 def verdict(study: Study) -> str:
-    """Of the test, in a line."""
+    """Of the test."""
     if study.backtest is None:
         return f"not tested: without the largest size {study.untested}"
     held = study.backtest.held_out
     inside = sum(one.within for one in held)
-    return (
+    said = (
         f"{study.backtest.outcome.value}: {inside} of {len(held)} losses of the largest size are within intervals that "
         f"hold all of them in {CONFIDENCE:.0%} of cases"
     )
+    vague = sum(one.vague for one in held)
+    return f"{said}; in {vague} of these that of the size before is as well, so that they say little" if vague else said
 
 
 def forecast_lines(said: Forecast, laws: Laws, *, length: int) -> list[str]:

@@ -62,6 +62,11 @@ class HeldOut:
         """Whether the loss is as foretold."""
         return self.forecast.low <= self.cell.loss <= self.forecast.high
 
+    @property
+    def vague(self) -> bool:
+        """Whether it would be as foretold, too, if the size made no difference."""
+        return self.before is not None and self.forecast.low <= self.before <= self.forecast.high
+
 
 @dataclass(frozen=True)
 class Backtest:
@@ -108,13 +113,12 @@ def study(runs: Sequence[ScalingRun], target: RunConfig | None = None) -> Study:
     try:
         rest = fit_laws(others)
         held = [cell for cell in found if cell.size.active == largest]
-        forecasts = [_forecast(rest, [cell.point for cell in held], index) for index in range(len(held))]
-        pairs = zip(held, forecasts, strict=True)
+        pairs = zip(held, _forecasts(rest, [cell.point for cell in held]), strict=True)
         backtest = Backtest(rest, [HeldOut(cell, said, _before(others, cell.tokens)) for cell, said in pairs])
     except ScalingError as error:
         untested = str(error)
-    forecast = None if target is None else _forecast(laws, [_place(runs, laws, target)], 0)
-    return Study(laws, backtest, untested, forecast)
+    forecasts = [] if target is None else _forecasts(laws, [_place(runs, laws, target)])
+    return Study(laws, backtest, untested, next(iter(forecasts), None))
 
 
 def fit_laws(found: Sequence[Cell]) -> Laws:
@@ -125,9 +129,9 @@ def fit_laws(found: Sequence[Cell]) -> Laws:
     """
     form, why = choose_form(found)
     points, losses = [cell.point for cell in found], [cell.loss for cell in found]
-    frontier = [c for c in found if all(c.loss < o.loss for o in found if o is not c and o.point["C"] <= c.point["C"])]
+    frontier = _frontier(found)
     compute = None
-    if len(frontier) > 2:
+    if len(frontier) >= SIZES:
         over_compute = Form(("C",), floor=len(frontier) > 4)
         compute = fit(over_compute, [cell.point for cell in frontier], [cell.loss for cell in frontier])
     lrs = [cell for cell in found if cell.lr.place is Place.INSIDE]
@@ -173,18 +177,29 @@ def _no_floor(form: Form) -> str:
     return "" if form.floor else "; too few pairs of them to tell a floor, so that losses far beyond come out too low"
 
 
-def _forecast(laws: Laws, places: Sequence[dict[str, float]], index: int) -> Forecast:
-    """Of one of the places, whose intervals are to hold together."""
+def _frontier(found: Sequence[Cell]) -> list[Cell]:
+    """Cells whose loss no other has with as few operations."""
+    kept: list[Cell] = []
+    for cell in sorted(found, key=lambda cell: (cell.point["C"], cell.loss)):
+        if not kept or cell.loss < kept[-1].loss:
+            kept.append(cell)
+    return kept
+
+
+def _forecasts(laws: Laws, places: Sequence[dict[str, float]]) -> list[Forecast]:
+    """Of places, whose intervals are to hold together."""
     low, high = laws.loss.interval(places, confidence=CONFIDENCE)
-    place = places[index]
-    return Forecast(
-        point=place,
-        loss=float(laws.loss.loss([place])[0]),
-        low=float(low[index]),
-        high=float(high[index]),
-        lr=laws.lr.at(place) if laws.lr else None,
-        batch=laws.batch.at(place) if laws.batch else None,
-    )
+    return [
+        Forecast(
+            point=place,
+            loss=float(loss),
+            low=float(least),
+            high=float(most),
+            lr=laws.lr.at(place) if laws.lr else None,
+            batch=laws.batch.at(place) if laws.batch else None,
+        )
+        for place, loss, least, most in zip(places, laws.loss.loss(places), low, high, strict=True)
+    ]
 
 
 def _before(others: Sequence[Cell], tokens: int) -> float | None:
