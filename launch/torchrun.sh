@@ -18,6 +18,8 @@ if [[ "${1:-=}" != *=* && "$1" != -* ]]; then
     shift
     [ "$command" = train ] || RESTARTS=0
 fi
+# What is wrong with a config is told once, and not by all processes at each of their starts.
+[ "$command" != train ] || k2train train "$@" --cfg job >/dev/null
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
 if [ "${NODES:-1}" = 1 ]; then

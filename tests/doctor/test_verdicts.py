@@ -25,6 +25,7 @@ GOOD = Machine(
 FOLDER = Folder("/shared/runs", None, (), 1 << 40)
 CPU = dataclasses.replace(GOOD, device="CPU")
 FAST = dataclasses.replace(FOLDER, written=1e9, read=2e9)
+OWN = dataclasses.replace(FOLDER, path="/home/1", unseen=(0,))
 RANKS = 4
 
 
@@ -85,7 +86,14 @@ def machines(**changes):
         (
             verdicts.folder("runs_dir", with_fault(1, FOLDER, unseen=(0, 2, 3)), machines()),
             "fails",
-            "rank 1 (host0) do",
+            "rank 1 (host0) cannot see what rank 0 (host0) wrote to /shared/runs",
+        ),
+        (
+            verdicts.folder(
+                "data.cache_dir", [dataclasses.replace(FOLDER, unseen=(1,)), OWN, FOLDER, FOLDER], machines()
+            ),
+            "fails",
+            "rank 1 (host0) cannot see what rank 0 (host0) wrote to /shared/runs: they look into /home/1",
         ),
         (
             verdicts.folder("runs_dir", [FOLDER] * RANKS, machines(), needed=1 << 41),

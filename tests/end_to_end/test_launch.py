@@ -51,6 +51,15 @@ def test_several_hosts_need_a_meeting_point(runner):
     assert "several hosts need HEAD=host:port" in said
 
 
+def test_a_wrong_config_is_told_once(runner):
+    status, said = ended(
+        start(runner, [LAUNCH / "torchrun.sh"], "name=wrong", "optim.lrr=1", PROCESSES="2", RESTARTS="3")
+    )
+    assert status == 2
+    assert said.startswith("k2train: error: unknown key optim.lrr")
+    assert said.count("\n") == 1
+
+
 FAILING = """
 import os
 

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from k2train.cli.commands import PLAN
-from k2train.cli.compose import compose
-from k2train.cli.plan import parts, with_vocabulary
-from k2train.config import PlanConfig, parse
+from k2train.cli.plan import parts
 from k2train.plan.estimate import Estimate, estimate
 from k2train.units import count, memory
+from tests.plan.published import plan_of
 
 # The command's words, and the machine in words.
 RECIPES = {
@@ -34,7 +32,7 @@ MARK = "<!-- table -->\n"
 @cache
 def planned(words: str) -> Estimate:
     """The plan of ``k2train plan WORDS``."""
-    config = with_vocabulary(parse(PlanConfig, compose(PLAN, words.split())))
+    config = plan_of(words)
     return estimate(config, parts(config))
 
 
