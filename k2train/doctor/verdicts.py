@@ -159,8 +159,10 @@ def folder(about: str, found: Sequence[Folder], machines: Sequence[Machine], *, 
     if blind:
         blind = [rank for rank in blind if 0 in found[rank].unseen] or blind  # where each sees its own alone: all but 0
         writer, there = found[blind[0]].unseen[0], found[blind[0]].path
-        said = f"{ranks(blind, machines)} cannot see what {ranks([writer], machines)} wrote to {found[writer].path}"
-        said += f": they look into {there}" if there != found[writer].path else ""
+        where = "" if there == found[writer].path else f"in {there} "
+        said = (
+            f"{ranks(blind, machines)} cannot see {where}what {ranks([writer], machines)} wrote to {found[writer].path}"
+        )
         return Verdict(about, FAILS, said, "give a folder on a disk that all hosts share, mounted at the same path")
     free = min(one.free for one in found)
     if free < needed:

@@ -110,7 +110,7 @@ def _ranks(rank: int, port: int, fault: str, folder: Path) -> None:
         ("versions", "fails", "deepspeed is 0.0.1 on rank 1"),
         ("clocks", "fails", "is +90.0 s off that of rank 0"),
         ("products", "warning", "rank 1 ("),
-        ("runs_dir", "fails", "cannot see what rank 0"),
+        ("runs_dir", "fails", "cannot see in "),
         ("data.cache_dir", "fails", "cannot write"),
     ],
 )

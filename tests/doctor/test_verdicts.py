@@ -93,7 +93,7 @@ def machines(**changes):
                 "data.cache_dir", [dataclasses.replace(FOLDER, unseen=(1,)), OWN, FOLDER, FOLDER], machines()
             ),
             "fails",
-            "rank 1 (host0) cannot see what rank 0 (host0) wrote to /shared/runs: they look into /home/1",
+            "rank 1 (host0) cannot see in /home/1 what rank 0 (host0) wrote to /shared/runs",
         ),
         (
             verdicts.folder("runs_dir", [FOLDER] * RANKS, machines(), needed=1 << 41),
