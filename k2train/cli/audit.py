@@ -39,6 +39,8 @@ def run(config: RunConfig) -> int:
         ConfigError: the config does not fit this number of processes.
         OSError: the run's folder cannot be written.
     """
+    if config.optim.own:
+        raise ConfigError([f"optim.name={config.optim.name} is your own: there is no theory to hold its step against"])
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if faults := [*config.check_world(world_size)]:
         raise ConfigError(faults)
@@ -65,6 +67,7 @@ def run(config: RunConfig) -> int:
 
 
 def _audit(config: RunConfig, paths: RunPaths, streams: Quiet) -> int:
+    from muonclip import MuonClip
     from muonclip.audit import exchanges
 
     from k2train.comm import close_world, main_first, open_store, open_world
@@ -85,6 +88,7 @@ def _audit(config: RunConfig, paths: RunPaths, streams: Quiet) -> int:
             print(text, file=streams.out)
 
     trainer = Trainer(config, manifest, world=world, paths=paths, say=say)
+    assert isinstance(trainer.optimizer, MuonClip)
     where = placements(trainer)
     rows = audit(trainer)
     if world.main:

@@ -178,7 +178,10 @@ def _read_value(key: str, text: str, hint: Any) -> Any:
         raise ConfigError([f"{key}={text}: the value cannot be read: {_first_sentence(error)}"]) from error
     if override.is_sweep_override():
         raise ConfigError([f"{key}={text}: give one value; a list is written [a,b], and --multirun makes several runs"])
-    return override.value()
+    value = override.value()
+    if typing.get_origin(hint) is dict and not isinstance(value, dict):
+        raise ConfigError([f"{key}={text}: {key} holds values by name: write {key}.NAME=VALUE, or deeper keys of NAME"])
+    return value
 
 
 def _no_value(command: Command, word: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from k2train.cli.plan import parts
-from k2train.config import RehearseConfig
+from k2train.config import ConfigError, RehearseConfig
 from k2train.paths import cache_dir
 from k2train.plan.estimate import Estimate, estimate, with_vocabulary
 from k2train.status import FAILED, OK
@@ -33,6 +33,10 @@ def run(config: RehearseConfig) -> int:
         ConfigError: the run cannot be split so, or its phases do not fit together.
         ValueError: the data, the run or the optimizer refuse.
     """
+    if config.optim.own:
+        raise ConfigError(
+            [f"optim.name={config.optim.name} is your own: what it holds is not known; rehearse with optim=adamw"]
+        )
     dataset = _dataset(config)
     if dataset is not None and config.model.vocab_size is None:
         config = _with_vocabulary(config, dataset.padded_vocab_size)

@@ -41,7 +41,8 @@ def run(config: RunConfig) -> int:
 
     Raises:
         ConfigError: the config does not fit this number of processes, the schedule's parts do not fit together, a hook
-            is none, a step to profile is not there, or the run of this name has other settings.
+            or an optimizer of one's own is none, a step to profile is not there, or the run of this name has other
+            settings.
         OSError: the run's folder cannot be written, or another process trains in it.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -52,6 +53,10 @@ def run(config: RunConfig) -> int:
     if late := [step for step in config.profile.steps if step > steps]:
         raise ConfigError([f"profile.steps names {late}, but the run ends with step {steps}: name steps that it has"])
     own = own_hooks(config.train.hooks)
+    if config.optim.own:
+        from k2train.train.own_optimizer import find_optimizer  # not above: it brings torch
+
+        find_optimizer(config.optim)  # refused before the data is prepared
     if (summary := _finished(config, paths)) is not None:
         if rank == 0:
             _show_finished(summary)

@@ -1,7 +1,7 @@
 """Every knob of a run, typed and checked, without torch.
 
 ``schema`` holds the knobs, ``keys`` lists them, ``parse`` turns a plain mapping (from Hydra, JSON or Python) into them,
-``compare`` says whether two configs are the same run.
+``compare`` says whether two configs are the same run, ``own`` finds the classes of a person's own that it names.
 """
 
 from k2train.config.cluster import ClusterConfig, PlanConfig, RehearseConfig
@@ -9,6 +9,7 @@ from k2train.config.compare import Change, changed_settings, is_harmless, leaves
 from k2train.config.data import DataConfig, DropConfig, OrderConfig, SourceConfig, TokenizerConfig
 from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.monitor import InjectConfig, MonitorConfig
+from k2train.config.own import OwnPart, explain, own_part, own_place
 from k2train.config.parse import ConfigError, parse, to_dict
 from k2train.config.schedule import PhaseConfig, RopeScalingConfig, ScheduleConfig
 from k2train.config.schema import (
@@ -20,6 +21,7 @@ from k2train.config.schema import (
     ExportConfig,
     FaultsConfig,
     GenerateConfig,
+    HookConfig,
     ImportConfig,
     ModelConfig,
     OptimConfig,
@@ -48,12 +50,14 @@ __all__ = [
     "ExportConfig",
     "FaultsConfig",
     "GenerateConfig",
+    "HookConfig",
     "ImportConfig",
     "InjectConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",
     "OrderConfig",
+    "OwnPart",
     "ParallelConfig",
     "PhaseConfig",
     "PlanConfig",
@@ -71,10 +75,13 @@ __all__ = [
     "ValidateConfig",
     "WriteConfig",
     "changed_settings",
+    "explain",
     "find_key",
     "is_harmless",
     "key_types",
     "leaves",
+    "own_part",
+    "own_place",
     "parse",
     "refuse_changes",
     "suggest_key",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from k2train.config.rules import rule
+from k2train.config.rules import is_own, rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class TokenizerConfig:
 class SourceConfig:
     """One source of documents; see configs/data/mixture.yaml for what its keys mean."""
 
-    kind: str = rule(one_of=("stdlib", "folder", "jsonl", "parquet", "arrow", "datasets", "megatron", "raw"))
+    kind: str = rule(one_of=("stdlib", "folder", "jsonl", "parquet", "arrow", "datasets", "megatron", "raw"), own=True)
+    options: dict[str, Any] | None = rule(default=None)  # of one's own: for its constructor
     path: str | None = rule(default=None)  # file or folder; datasets: what load_dataset takes; null: data.path
     include: tuple[str, ...] | None = rule(default=None)  # fnmatch on the path in the folder; null: the kind's endings
     exclude: tuple[str, ...] = rule(default=())
@@ -53,10 +55,24 @@ class SourceConfig:
     separator: int | None = rule(default=None, at_least=0)  # raw, megatron: the id that stands between documents
     dtype: str = rule(default="uint16", one_of=("uint16", "uint32"))  # raw: of the ids
 
+    @property
+    def own(self) -> bool:
+        """Whether it is a person's own."""
+        return is_own(self.kind)
+
+    @property
+    def finds_itself(self) -> bool:
+        """Whether it needs no path."""
+        return self.kind == "stdlib" or self.own
+
     def check(self) -> Iterator[str]:
         """Sentences on fields that contradict each other."""
         if self.kind == "raw" and self.separator is None:
             yield "separator is missing: kind=raw needs the id that stands between documents (GPT-2: 50256)"
+        if self.own and (self.include or self.exclude):
+            yield f"include or exclude is given but kind={self.kind} finds its parts itself: give it options for that"
+        if self.options and not self.own:
+            yield f"options is given but kind={self.kind} is not your own: its keys stand beside kind"
         for key in ("match", "reject"):
             for pattern in getattr(self, key):
                 try:
@@ -123,14 +139,14 @@ class DataConfig:
         for name, source in self.sources.items():
             if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
                 yield f"sources.{name}: the name becomes a folder's: use letters, digits, - and _ alone"
-            if source.kind != "stdlib" and not (source.path or self.path):
+            if not source.finds_itself and not (source.path or self.path):
                 yield (
                     f"path is missing: the source {name} of kind {source.kind} needs one, as in "
                     f"data.path=/home/me/code or data.sources.{name}.path=/home/me/code"
                 )
-            if source.kind == "stdlib" and source.path:
-                yield f"sources.{name}.path={source.path!r} is given but kind=stdlib does not read it: remove it"
-        if self.path and all(source.path or source.kind == "stdlib" for source in self.sources.values()):
+            if source.finds_itself and source.path:
+                yield f"sources.{name}.path={source.path!r} is given but kind={source.kind} does not read it: remove it"
+        if self.path and all(source.path or source.finds_itself for source in self.sources.values()):
             yield f"path={self.path!r} is given but no source reads it: add data=folder to train on it"
         for key, given in (("weights", self.weights), ("max_epochs", self.max_epochs)):
             for name in sorted(given.keys() - self.sources.keys()):

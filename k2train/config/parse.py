@@ -11,6 +11,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from k2train.config.rules import is_own
+
 T = TypeVar("T")
 
 
@@ -111,10 +113,14 @@ def _value(hint: Any, value: Any, rules: Mapping[str, Any], path: str, faults: l
             _value(k, v, rules, f"{path}[{i}]", faults) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict:
+        if value == []:  # no members either; configs of before train.hooks had names hold it
+            value = {}
         if not isinstance(value, Mapping):
             faults.append(f"{path}={value!r} must be a group of keys")
             return None
         return {str(key): _value(args[1], item, rules, _join(path, str(key)), faults) for key, item in value.items()}
+    if hint is Any:
+        return value
     return _scalar(hint, value, rules, path, faults)
 
 
@@ -146,10 +152,13 @@ def _scalar(kind: Any, value: Any, rules: Mapping[str, Any], path: str, faults: 
     for name, breached in breaches.items():
         if name in rules and breached(rules[name]):
             faults.append(f"{path}={value!r} must be {name.replace('_', ' ')} {rules[name]}")
-    if "one_of" in rules and value not in rules["one_of"]:
-        choices = ", ".join(rules["one_of"])
-        close = difflib.get_close_matches(str(value), rules["one_of"], n=1)
-        faults.append(f"{path}={value!r} must be one of {choices}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    words, own = rules.get("one_of", ()), rules.get("own", False)
+    if (words or own) and value not in words and not (own and is_own(value)):
+        choices = f"one of {', '.join(words)}" if words else ""
+        if own:
+            choices += f"{', or ' if words else ''}the dotted path of a class of your own, as my_parts.Mine"
+        close = difflib.get_close_matches(str(value), words, n=1)
+        faults.append(f"{path}={value!r} must be {choices}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if rules.get("even") and value % 2:
         faults.append(f"{path}={value!r} must be even")
     return value

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from k2train.config.data import DataConfig
 from k2train.config.keys import find_key, suggest_key
 from k2train.config.monitor import InjectConfig, MonitorConfig
-from k2train.config.rules import rule
+from k2train.config.rules import is_own, rule
 from k2train.config.schedule import RopeScalingConfig, ScheduleConfig
 
 # What a parameter is for; the model says it of each of its own.
@@ -125,9 +126,13 @@ class RoleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer. Matrices inside the blocks use Muon unless ``name`` is adamw; the rest always uses AdamW."""
+    """The optimizer. With muonclip and muon, matrices inside the blocks use Muon, and the rest AdamW.
 
-    name: str = rule(one_of=("muonclip", "muon", "adamw"))
+    One of a person's own gets ``lr``, ``weight_decay`` and its ``options``, and reads no other number here.
+    """
+
+    name: str = rule(one_of=("muonclip", "muon", "adamw"), own=True)
+    options: dict[str, Any] | None = rule(default=None)  # of one's own, for its constructor
     lr: float = rule(at_least=0)  # the peak; roles refer to it
     weight_decay: float = rule(at_least=0)
     momentum: float = rule(at_least=0, below=1)
@@ -143,13 +148,35 @@ class OptimConfig:
     clip_grad_norm: float = rule(at_least=0)  # by the raw global norm; 0: off
     roles: dict[str, RoleConfig] = rule()  # each of ROLES
 
+    @property
+    def own(self) -> bool:
+        """Whether it is a person's own."""
+        return is_own(self.name)
+
+    @property
+    def muon_roles(self) -> tuple[str, ...]:
+        """The roles whose parameters use Muon."""
+        return MUON_ROLES if self.name in ("muonclip", "muon") else ()
+
     def check(self) -> Iterator[str]:
         """Sentences on fields that contradict each other."""
         if self.name == "muonclip" and self.tau is None:
             yield "tau is null but name=muonclip clips at it: set optim.tau=100 (K2's value), or use optim=muon"
+        if self.own and self.tau is not None:
+            yield f"tau={self.tau} is given but name={self.name} clips no logits: set tau to null, or use optim=own"
+        if self.options and not self.own:
+            yield f"options is given but name={self.name} is not your own and has keys for all: see configs/optim"
         for role in sorted(self.roles.keys() ^ set(ROLES)):
             fault = "is missing" if role in ROLES else "is no role of a parameter"
             yield f"roles.{role} {fault}: the roles are {', '.join(ROLES)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookConfig:
+    """A hook of a person's own; see ``k2train.train.hooks``."""
+
+    kind: str = rule(own=True)
+    options: dict[str, Any] | None = rule(default=None)  # for its constructor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +193,7 @@ class TrainConfig:
     compile: bool = rule()  # torch.compile, see k2train.model.compile
     threads: int | None = rule(at_least=1)  # CPU threads a process; null: the cores of the node shared out
     deterministic: bool = rule()  # see k2train.train.deterministic
-    hooks: tuple[str, ...] = rule()  # dotted paths of subclasses of k2train.train.hooks.Hook
+    hooks: dict[str, HookConfig] = rule()  # by a name, under which checkpoints keep its state
 
 
 @dataclass(frozen=True, kw_only=True)

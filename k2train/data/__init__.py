@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from k2train.data.errors import DataError
     from k2train.data.phases import DataPhase
     from k2train.data.preparation import Progress, find_prepared, prepare
+    from k2train.data.sources.own import Source
     from k2train.data.stream import Trace, TrainStream, build_stream
     from k2train.data.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ __all__ = [
     "DataPhase",
     "Dataset",
     "Progress",
+    "Source",
     "Span",
     "TokenStream",
     "Tokenizer",
@@ -46,6 +48,7 @@ _HOMES = {
     "DataPhase": "phases",
     "Dataset": "dataset",
     "Progress": "preparation",
+    "Source": "sources.own",
     "Span": "dataset",
     "TokenStream": "dataset",
     "Tokenizer": "tokenizer",

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from k2train.comm import World, gather_json
-from k2train.config import MUON_ROLES, ConfigError, RunConfig
+from k2train.config import ConfigError, RunConfig
 from k2train.doctor import data, folders, machine, network, verdicts
 from k2train.doctor.machine import Machine
 from k2train.doctor.network import Network
@@ -57,5 +57,5 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """
     vocabulary = config.model.vocab_size or config.data.tokenizer.vocab_size or 1
     found = parameters(replace(config.model, vocab_size=vocabulary))
-    muon = MUON_ROLES if config.optim.name != "adamw" else ()
+    muon = config.optim.muon_roles
     return 4 * sum(p.elements * (2 if p.role in muon else 3) for p in found)

@@ -94,6 +94,7 @@ def build_slice(config: RunConfig, *, world: World, precision: str) -> Slice:
         optimizer = build_optimizer(
             config.optim, model, clip, expert_group=group_name(experts.size), device=world.device
         )
+        assert isinstance(optimizer, MuonClip), "the command refuses others"
         if config.parallel.zero_stage == 3:
             partition = zero.partitioner(torch.device("cpu"))
             for parameter in model.parameters():

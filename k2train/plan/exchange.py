@@ -46,7 +46,7 @@ def muon_exchange(layout: Layout, *, exact: bool = True) -> Exchange:
         exact: by the plan itself; else by bounds, in no time: each part goes to an owner elsewhere and its result comes
             back, work is even, and buffers are full.
     """
-    if layout.config.optim.name == "adamw":
+    if not layout.config.optim.muon_roles:
         return Exchange((), 0, 0, 0.0, 0.0)
     flats = [flat for flat in layout.flats if flat.role in MUON_ROLES]
     pieces = sum(flat.ranks * len(flat.parameters) for flat in flats)

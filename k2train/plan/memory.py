@@ -121,8 +121,8 @@ def _touched(flat: Flat) -> float:
 
 
 def _momenta(layout: Layout) -> float:
-    """One number a weight of Muon's, two of AdamW's (``muonclip.optimizer``), in fp32."""
-    muon = MUON_ROLES if layout.config.optim.name != "adamw" else ()
+    """One number a weight of Muon's, two of AdamW's (``muonclip.optimizer``), in fp32; of one's own as of AdamW's."""
+    muon = layout.config.optim.muon_roles
     return FP32 * sum(flat.shard * (1 if flat.role in muon else 2) for flat in layout.flats)
 
 

@@ -45,6 +45,8 @@ def page(found: Estimate) -> list[str]:
         f"utilisation {found.utilisation:.1%} of {count(found.phases[0].time.peak)}FLOP/s a device",
         f"Data: as many tokens if none is to be seen twice, {memory(found.data_bytes)} of shards",
     ]
+    if config.optim.own:
+        lines += ["", f"{config.optim.name} is your own: it is taken to keep two fp32 numbers a weight, as AdamW does"]
     if not found.fits:
         lines += ["", f"It does not fit: {headroom(found)} a device. --search tries other ways of splitting it."]
     return lines

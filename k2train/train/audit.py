@@ -23,6 +23,7 @@ from k2train.comm import gather_json
 from k2train.config import MUON_ROLES
 from k2train.model import Transformer
 from k2train.train.errors import RunError
+from k2train.train.own_optimizer import AnyOptimizer
 from k2train.train.state import Experts, shapes
 from k2train.train.zero import whole_shape
 
@@ -35,7 +36,7 @@ NAMED = 3  # parameters that a sentence names
 class OnceEach:
     """Counts orthogonalisations until a step has been applied, and refuses to go on unless each matrix had one."""
 
-    def __init__(self, engine: Any, optimizer: MuonClip, model: Transformer, experts: Experts) -> None:
+    def __init__(self, engine: Any, optimizer: AnyOptimizer, model: Transformer, experts: Experts) -> None:
         """Looks at what can be seen before a step.
 
         Raises:
@@ -59,7 +60,7 @@ class OnceEach:
         _refuse(not_once(counts, self._optimizer, self._model, self._experts))
 
 
-def foreign_muon(engine: Any, optimizer: MuonClip, model: Transformer) -> list[str]:
+def foreign_muon(engine: Any, optimizer: AnyOptimizer, model: Transformer) -> list[str]:
     """Why another Muon than ours would run, a sentence each (DeepSpeed 0.19, ``runtime/zero/stage_1_and_2.py``)."""
     found = []
     inner = getattr(engine.optimizer, "optimizer", None)
@@ -75,7 +76,9 @@ def foreign_muon(engine: Any, optimizer: MuonClip, model: Transformer) -> list[s
     return found
 
 
-def not_once(counts: Counter[tuple[str, int]], optimizer: MuonClip, model: Transformer, experts: Experts) -> list[str]:
+def not_once(
+    counts: Counter[tuple[str, int]], optimizer: AnyOptimizer, model: Transformer, experts: Experts
+) -> list[str]:
     """Which matrices were not orthogonalised exactly once, a sentence each, the same on all ranks.
 
     What should have been is told by the model's roles, not by the optimizer's groups.
@@ -143,6 +146,7 @@ def audit(trainer: Trainer) -> list[Row]:
         RunError: the run has begun, its gradient is not finite, or a Muon of DeepSpeed's is switched on.
     """
     optimizer = trainer.optimizer
+    assert isinstance(optimizer, MuonClip), "the command refuses others"
     _refuse(foreign_muon(trainer.engine, optimizer, trainer.model))
     with StepAudit(optimizer) as measured:
         if not trainer.step():
@@ -190,10 +194,12 @@ def placements(trainer: Trainer) -> list[Placement]:
         for piece in shard.pieces:
             start = trainer.state.experts.start(piece, expert=trainer.state.roles[piece.name] == "expert")
             held.append([piece.name, start, start + piece.stop - piece.start])
-    for tensor, group in trainer.optimizer.tensors():
+    optimizer = trainer.optimizer
+    assert isinstance(optimizer, MuonClip), "the command refuses others"
+    for tensor, group in optimizer.tensors():
         if group["algorithm"] == "muon":
-            for name, number in trainer.optimizer.exchange(tensor, group).owned:
-                here = len(trainer.optimizer.matrix_shapes(name)) if trainer.state.roles[name] == "expert" else 0
+            for name, number in optimizer.exchange(tensor, group).owned:
+                here = len(optimizer.matrix_shapes(name)) if trainer.state.roles[name] == "expert" else 0
                 owned.append([name, number + trainer.state.experts.rank * here])
     intervals: dict[str, list[tuple[int, int, int]]] = {name: [] for name in trainer.state.roles}
     owners: dict[str, list[tuple[int, int]]] = {name: [] for name in trainer.state.roles}

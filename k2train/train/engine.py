@@ -10,8 +10,9 @@ import torch
 from muonclip import POLAR_EXPRESS, QUINTIC, MuonClip, QKClip, split_parameters
 
 from k2train.comm import World
-from k2train.config import MUON_ROLES, OptimConfig, RunConfig
+from k2train.config import OptimConfig, RunConfig
 from k2train.model import Transformer
+from k2train.train.own_optimizer import AnyOptimizer, OwnOptimizer, find_optimizer
 
 COEFFICIENTS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,7 +45,7 @@ def build_clip(config: OptimConfig, model: Transformer) -> QKClip:
 
 def build_optimizer(
     config: OptimConfig, model: Transformer, clip: QKClip, *, expert_group: str, device: torch.device
-) -> MuonClip:
+) -> AnyOptimizer:
     """The optimizer over all parameters, a group a role.
 
     Args:
@@ -53,15 +54,20 @@ def build_optimizer(
         clip: of ``build_clip``.
         expert_group: DeepSpeed's name of the expert groups, which it wants on the group of expert parameters.
         device: decides the precision of Newton-Schulz if the config leaves it open.
+
+    Raises:
+        ConfigError: a person's own optimizer cannot be found, or does not do; see ``find_optimizer``.
     """
     groups = split_parameters(model.named_parameters(), model.parameter_roles())
     for group in groups:
         role = group["role"]
-        group["algorithm"] = "muon" if config.name != "adamw" and role in MUON_ROLES else "adamw"
+        group["algorithm"] = "own" if config.own else "muon" if role in config.muon_roles else "adamw"
         group["lr"] = group["peak_lr"] = config.roles[role].lr
         group["weight_decay"] = config.roles[role].weight_decay
         if role == "expert":
             group |= {"moe": True, "name": expert_group}
+    if config.own:
+        return OwnOptimizer(groups, find_optimizer(config), lr=config.lr, weight_decay=config.weight_decay)
     bf16 = config.newton_schulz_dtype == "bf16" or (config.newton_schulz_dtype == "auto" and device.type == "cuda")
     return MuonClip(
         groups,
@@ -80,7 +86,7 @@ def build_optimizer(
 
 
 def build_engine(
-    config: RunConfig, model: Transformer, optimizer: MuonClip, *, world: World, precision: str
+    config: RunConfig, model: Transformer, optimizer: AnyOptimizer, *, world: World, precision: str
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps both in DeepSpeed's ZeRO engine."""
     if config.parallel.zero_stage == 3:  # the head is read in the whole model's forward pass, not in a module's own

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from k2train import status
+from k2train.config import explain, own_place
 from k2train.paths import atomic_write, explain_oserror
 from k2train.train.signals import Stopped
 
@@ -114,14 +115,13 @@ def forget_failures(folder: Path, *, rank: int, world_size: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """One sentence on an error: our own messages as they are, others with their kind."""
+    """One sentence on an error: our own messages as they are, others with their kind, and where in one's own code."""
     if isinstance(error, OSError) and error.errno is not None:
-        return explain_oserror(error)
+        return explain_oserror(error) + own_place(error)
     text = str(error).strip()
     if text and _is_expected(error):
         return text
-    first = text.splitlines()[0] if text else ""
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return explain(error)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -1,16 +1,15 @@
 """What happens beside training: a hook is told of every step, record, validation and checkpoint, and may keep a state.
 
 The terminal, metrics.jsonl, the tracker, samples and the profiler are hooks; a person's own are named in
-``train.hooks`` by the dotted path of their class, which is constructed without arguments.
+``train.hooks`` by the dotted path of their class, which is constructed from its ``options``.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from k2train.config import ConfigError
+from k2train.config import ConfigError, HookConfig, own_part
 
 if TYPE_CHECKING:
     from k2train.train.phases import Step
@@ -66,30 +65,20 @@ class Hook:
         """Takes back, before ``start``, what ``state_dict`` gave on this rank; on rank 0 where there were others."""
 
 
-def own_hooks(paths: Sequence[str]) -> list[Hook]:
+def own_hooks(config: Mapping[str, HookConfig]) -> list[Hook]:
     """The hooks that ``train.hooks`` names, constructed.
 
     Raises:
-        ConfigError: a path leads nowhere, or to something that is no hook, or is there twice.
+        ConfigError: a path leads nowhere, or to something that is no hook, or is there twice, or the options are not
+            those of its constructor.
     """
-    if twice := next((path for path in paths if paths.count(path) > 1), None):
-        raise ConfigError([f"train.hooks names {twice} twice: a checkpoint keeps one state of it, so name it once"])
-    return [_load(path)() for path in paths]
+    parts = [own_part(f"train.hooks.{name}.kind", hook.kind, hook.options, base=Hook) for name, hook in config.items()]
+    names = [part.name for part in parts]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError([f"train.hooks has {twice} twice: a checkpoint keeps one state of a class, so subclass it"])
+    return [part.make() for part in parts]
 
 
 def hook_name(hook: Hook) -> str:
     """Under which a checkpoint keeps its state."""
     return f"{type(hook).__module__}.{type(hook).__qualname__}"
-
-
-def _load(path: str) -> type[Hook]:
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            [f"train.hooks names {path}, which cannot be imported ({error}): give module.Class, with PYTHONPATH set"]
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Hook)):
-        raise ConfigError([f"train.hooks names {path}, which is no subclass of k2train.train.hooks.Hook"])
-    return found

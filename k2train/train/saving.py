@@ -36,9 +36,12 @@ from k2train.comm import World, start_max, together
 from k2train.config import RESUME, RunConfig, changed_settings, refuse_changes, to_dict
 from k2train.data import DataError
 from k2train.train.errors import RunError
+from k2train.train.own_optimizer import find_optimizer
 from k2train.train.randomness import seed_generators
 from k2train.train.rewind import Rewind
 from k2train.train.state import RunState
+
+OWN_OPTIMIZER = "own optimizer"  # in what describes the machine
 
 
 class Saver:
@@ -220,9 +223,9 @@ class Saver:
             self.say(change.sentence)
         for key, now in self.machine.items():
             if (before := saved["machine"].get(key, now)) != now:  # an older version may not have told it
-                self.say(
-                    f"{key} was {before} and is now {now}: expect losses that agree to rounding, not to the last bit"
-                )
+                agreeing = "losses that agree to rounding, not to the last bit"
+                losses = "other losses" if key == OWN_OPTIMIZER else agreeing
+                self.say(f"{key} was {before} and is now {now}: expect {losses}")
 
     def _begin_with(self, checkpoint: Checkpoint) -> None:
         self._check_tokenizer(checkpoint)
@@ -268,9 +271,10 @@ class Saver:
 
 
 def describe_machine(config: RunConfig, *, world: World, precision: str, threads: int) -> dict[str, Any]:
-    """What may change the rounding of a run."""
+    """What may change the rounding of a run; and which version of an optimizer of one's own trains it."""
     on_gpu = world.device.type == "cuda"
-    return {
+    own = {OWN_OPTIMIZER: find_optimizer(config.optim).identity} if config.optim.own else {}
+    return own | {
         "processes": world.size,
         "expert_parallel": config.parallel.expert_parallel,
         "sequence_parallel": config.parallel.sequence_parallel,

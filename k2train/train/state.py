@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
-from muonclip import MuonClip, QKClip
+from muonclip import QKClip
 from muonclip.plan import Piece
 
 from k2train.checkpoint import Checkpoint, CheckpointError, Interval
@@ -20,6 +20,7 @@ from k2train.comm import World, pack_json, unpack_json
 from k2train.data import TrainStream
 from k2train.model import Transformer
 from k2train.train import zero
+from k2train.train.own_optimizer import AnyOptimizer, OwnOptimizer, laid_out
 from k2train.train.phases import Plan
 from k2train.train.randomness import generator_states, seed_generators, set_generator_states
 from k2train.train.zero import Shard, whole_shape
@@ -69,7 +70,7 @@ class RunState:
 
     model: Transformer
     engine: deepspeed.DeepSpeedEngine
-    optimizer: MuonClip
+    optimizer: AnyOptimizer
     clip: QKClip
     held: list[Shard]  # of masters and momenta by this rank
     experts: Experts
@@ -174,19 +175,18 @@ def _rank_name(world: World) -> str:
     return f"rank-{world.rank:05d}"
 
 
-def optimizer_keys(optimizer: MuonClip, shard: Shard) -> list[str]:
-    """The names of the optimizer's tensors that are laid out as the parameters are."""
-    state = optimizer.state[shard.flat]
-    return sorted(key for key, v in state.items() if isinstance(v, torch.Tensor) and v.shape == shard.flat.shape)
+def momenta(optimizer: AnyOptimizer, shard: Shard) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors that are laid out as the parameters are; one's own may have none before a step."""
+    state = optimizer.state.get(shard.flat, {})
+    return {key: value for key, value in sorted(state.items()) if laid_out(value, shard.flat)}
 
 
-def intervals(held: list[Shard], optimizer: MuonClip, roles: Mapping[str, str], experts: Experts) -> Iterator[Interval]:
+def intervals(
+    held: list[Shard], optimizer: AnyOptimizer, roles: Mapping[str, str], experts: Experts
+) -> Iterator[Interval]:
     """What this rank holds of masters and momenta, by global name and global element."""
     for shard in held:
-        sources = {
-            "master": shard.flat,
-            **{k: optimizer.state[shard.flat][k] for k in optimizer_keys(optimizer, shard)},
-        }
+        sources = {"master": shard.flat, **momenta(optimizer, shard)}
         for piece in shard.pieces:
             start = experts.start(piece, expert=roles[piece.name] == "expert")
             for key, source in sources.items():
@@ -209,7 +209,7 @@ def router_biases(model: Transformer) -> list[tuple[str, torch.Tensor]]:
 def load_intervals(
     checkpoint: Checkpoint,
     held: list[Shard],
-    optimizer: MuonClip | None,
+    optimizer: AnyOptimizer | None,
     model: Transformer,
     roles: Mapping[str, str],
     experts: Experts,
@@ -226,14 +226,27 @@ def load_intervals(
     with torch.no_grad():
         for shard in held:
             targets = {"master": shard.flat}
+            if isinstance(optimizer, OwnOptimizer):
+                optimizer.make_room(shard.flat, _saved_momenta(checkpoint, shard))
             if optimizer is not None:
-                targets |= {key: optimizer.state[shard.flat][key] for key in optimizer_keys(optimizer, shard)}
+                targets |= momenta(optimizer, shard)
             for piece in shard.pieces:
                 start = experts.start(piece, expert=roles[piece.name] == "expert")
                 for key, target in targets.items():
                     reader.fill(piece.name, key, start, _cut(target, piece))
         for name, bias in router_biases(model):
             reader.fill(name, "buffer", 0, bias)
+
+
+def _saved_momenta(checkpoint: Checkpoint, shard: Shard) -> dict[str, torch.dtype]:
+    """What a checkpoint has of a shard beside masters; its parameters have the same keys."""
+    names = {piece.name for pieces in shard.layout.pieces_by_rank for piece in pieces}
+    found = {}
+    for tensor, record in checkpoint.manifest.tensors.items():
+        name, _, key = tensor.rpartition("/")
+        if name in names and key != "master":
+            found[key] = getattr(torch, record.dtype)
+    return found
 
 
 def _compare(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -262,8 +275,10 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def optimizer_steps(optimizer: MuonClip) -> dict[str, int]:
-    """Updates that each AdamW group has counted, by role; its bias correction needs them."""
+def optimizer_steps(optimizer: AnyOptimizer) -> dict[str, Any]:
+    """Updates that each AdamW group has counted, by role; its bias correction needs them. Of one's own: all numbers."""
+    if isinstance(optimizer, OwnOptimizer):
+        return optimizer.scalars()
     return {
         group["role"]: int(optimizer.state[tensor]["step"])
         for tensor, group in optimizer.tensors()
@@ -271,8 +286,11 @@ def optimizer_steps(optimizer: MuonClip) -> dict[str, int]:
     }
 
 
-def set_optimizer_steps(optimizer: MuonClip, steps: Mapping[str, int]) -> None:
+def set_optimizer_steps(optimizer: AnyOptimizer, steps: Mapping[str, Any]) -> None:
     """The inverse of ``optimizer_steps``."""
+    if isinstance(optimizer, OwnOptimizer):
+        optimizer.set_scalars(steps)
+        return
     for tensor, group in optimizer.tensors():
         if group["algorithm"] == "adamw":
             optimizer.state[tensor]["step"].fill_(steps[group["role"]])

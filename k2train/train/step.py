@@ -19,7 +19,7 @@ from functools import partial
 import deepspeed
 import torch
 import torch.distributed as dist
-from muonclip import MuonClip, QKClip
+from muonclip import QKClip
 from torch import Tensor
 
 from k2train.comm import World, sum_across
@@ -28,6 +28,7 @@ from k2train.model import SequenceParallel, Transformer, update_bias
 from k2train.monitor import Decision, Finding, Monitor
 from k2train.train.documents import DocumentLosses
 from k2train.train.metrics import Meter
+from k2train.train.own_optimizer import AnyOptimizer
 from k2train.train.phases import Step
 from k2train.train.stopwatch import Stopwatch
 from k2train.train.telemetry import Telemetry
@@ -43,7 +44,7 @@ class Stepper:
         self,
         engine: deepspeed.DeepSpeedEngine,
         model: Transformer,
-        optimizer: MuonClip,
+        optimizer: AnyOptimizer,
         clip: QKClip,
         *,
         batches: Callable[[Step], Sequence[Batch]],

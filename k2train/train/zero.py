@@ -20,10 +20,11 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from muonclip import MuonClip
 from muonclip.plan import Piece, cut
 from muonclip.sharded import FlatLayout
 from torch import nn
+
+from k2train.train.own_optimizer import AnyOptimizer
 
 Names = Mapping[nn.Parameter, str]
 
@@ -84,7 +85,11 @@ def shards(zero_optimizer: Any, names: Names) -> list[Shard]:
 
 
 def hand_over(
-    zero_optimizer: Any, optimizer: MuonClip, held: list[Shard], *, relief: Mapping[int, int] | None = None
+    zero_optimizer: Any,
+    optimizer: AnyOptimizer,
+    held: list[Shard],
+    *,
+    relief: Mapping[int, int] | None = None,
 ) -> None:
     """Tells the optimizer what it works on from now on; ``relief`` as in ``MuonClip.shard``."""
     # Between steps, groups of stage 3 are empty: each tensor is put into its own for its update alone.

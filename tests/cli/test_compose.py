@@ -77,6 +77,7 @@ def test_generate_has_no_groups():
         ("experiment=[tiny,tny]", "experiment=tny: there is no such option: did you mean experiment=tiny?"),
         ("model=null", "model=null: there is no such option"),
         ("seed.more=1", "unknown key seed.more"),
+        ("train.hooks=[my_parts.Loud]", "train.hooks holds values by name: write train.hooks.NAME=VALUE"),
         ("~seed=1", "keys can be set, not added or removed"),
     ],
 )

@@ -15,6 +15,8 @@ from k2train.train.phases import build_plan
 OPTIONS = [(group, option) for group in TRAIN.groups for option in group_options(group, [])]
 # What an option asks of the rest.
 NEEDS = {("data", option): ["data.path=."] for option in ("folder", "hub", "jsonl", "mixture")}
+NEEDS["data", "own"] = ["data.sources.own.kind=my_parts.Mine"]
+NEEDS["optim", "own"] = ["optim.name=my_parts.Mine"]
 NEEDS["data", "prepared"] = ["data.prepared=."]
 NEEDS["schedule", "k2"] = ["model.max_position_embeddings=131072"]
 

@@ -75,6 +75,7 @@ class Layout:
     offload: bool = False
     recompute: str = "none"  # of train.activation_checkpointing
     sequence_parallel: int = 1
+    own: str | None = None  # optimizer, by its dotted path
     sub_group_size: int | None = None  # elements, stage 3; DeepSpeed's own is a billion, which makes one of each group
 
 
@@ -187,6 +188,8 @@ def config_of(folder: Path, layout: Layout) -> RunConfig:
     own += [f"parallel.offload_optimizer={str(layout.offload).lower()}"]
     own += [f"parallel.sequence_parallel={layout.sequence_parallel}"]
     own += [f"train.activation_checkpointing={layout.recompute}"]
+    own += ["optim=own", f"optim.name={layout.own}", "optim.lr=1e-3"] if layout.own else []
+    own += ["optim.tau=null"] if layout.own else []
     config = parse(RunConfig, compose(TRAIN, [*SETTINGS, *own]))
     assert not [*config.check_world(layout.processes)]
     return config

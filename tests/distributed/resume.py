@@ -73,7 +73,8 @@ class Result:
 
 
 def _name(layout: Layout) -> str:
-    return f"w{layout.processes}-ep{layout.expert_parallel}-z{layout.zero_stage}-{layout.precision}"
+    own = f"-{layout.own}" if layout.own else ""
+    return f"w{layout.processes}-ep{layout.expert_parallel}-z{layout.zero_stage}-{layout.precision}{own}"
 
 
 # ---- which layouts

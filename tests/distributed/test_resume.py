@@ -1,5 +1,7 @@
 """A checkpoint of any layout is read by any other (see ``resume``)."""
 
+import dataclasses
+
 import pytest
 
 from tests.distributed.plain import Layout
@@ -7,10 +9,19 @@ from tests.distributed.resume import AXES, Job, Result, axis_of, every_job, meas
 
 ONE, SHARDED, OTHER = Layout(1), Layout(2, 2, 3), Layout(2, 1, 2)
 ROUGH = Layout(2, 2, 1, "bf16")
+OWN = Layout(1, own="own_rules.Counting")
 QUICK = [
     *(Job(SHARDED), Job(ROUGH), Job(SHARDED, SHARDED), Job(ROUGH, ROUGH)),
-    *(Job(ONE), Job(ONE, SHARDED)),
+    *(Job(ONE), Job(ONE, SHARDED), Job(OWN), Job(OWN, OWN)),
     Job(OTHER, ONE),
+]
+OWN_SHARDED = Layout(2, 2, 3, own="own_rules.Counting")
+OWN_ROUGH, OWN_SECOND = Layout(2, 2, 1, "bf16", own="torch.optim.NAdam"), Layout(2, 1, 2, own="torch.optim.NAdam")
+OWN_LAYOUTS = [
+    *(Job(OWN_SHARDED), Job(OWN_SHARDED, OWN_SHARDED)),
+    *(Job(OWN_ROUGH), Job(OWN_ROUGH, OWN_ROUGH), Job(OWN_SECOND), Job(OWN_SECOND, OWN_SECOND)),
+    *(Job(OWN), Job(OWN, OWN_SHARDED)),
+    Job(dataclasses.replace(OWN_SECOND, own=OWN.own), OWN),
 ]
 
 
@@ -27,7 +38,7 @@ def check(result: Result) -> None:
 
 def test_a_run_goes_on_in_its_own_layout_to_the_last_bit_and_in_others_to_rounding(tmp_path):
     results = measure(QUICK, tmp_path)
-    assert len(results) == 4
+    assert len(results) == 5
     for result in results:
         check(result)
     assert any(not result.same_weights for result in results)  # rounding is seen where there is some
@@ -45,6 +56,14 @@ def test_the_full_tier_has_every_layout_and_every_change_of_one_axis():
     values = {"processes": (1, 2, 4), "expert_parallel": (1, 2, 4), "zero_stage": (1, 2, 3)}
     assert changes == {(axis, a, b) for axis in AXES for a in values[axis] for b in values[axis] if a != b}
     assert all("does not divide the" in why for _, why in refused())
+
+
+@pytest.mark.full
+def test_an_own_optimizer_in_other_layouts(tmp_path):
+    results = measure(OWN_LAYOUTS, tmp_path)
+    assert len(results) == 5
+    for result in results:
+        check(result)
 
 
 @pytest.mark.full

@@ -64,7 +64,7 @@ class Hanging(Hook):
 def test_a_run_that_hangs_leaves_its_stacks_and_goes(runner, monkeypatch):
     (runner.folder / "hanging.py").write_text(HANGING)
     monkeypatch.setattr(type(runner), "environment", with_path(runner, runner.folder))
-    result = runner.run("hangs", *LONG, "train.hooks=[hanging.Hanging]", "faults.hang_after=100")
+    result = runner.run("hangs", *LONG, "train.hooks.own.kind=hanging.Hanging", "faults.hang_after=100")
     assert result.returncode == 124, result.stderr
     assert "Traceback" not in result.stderr
     stacks = runner.runs / "hangs" / "logs" / "rank-0.stacks"

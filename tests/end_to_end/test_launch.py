@@ -76,7 +76,7 @@ class Failing(Hook):
 @pytest.mark.full
 def test_the_failing_rank_is_named_first(runner):
     (runner.folder / "failing.py").write_text(FAILING)
-    words = runner.settings("names", *SHORT, "train.hooks=[failing.Failing]")
+    words = runner.settings("names", *SHORT, "train.hooks.own.kind=failing.Failing")
     path = f"{runner.environment()['PYTHONPATH']}:{runner.folder}"
     process = start(runner, [LAUNCH / "torchrun.sh"], *words, PROCESSES="2", PYTHONPATH=path)
     process.stdout.close()

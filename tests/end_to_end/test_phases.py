@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.full
 def test_k2_in_small(runner):
     beside = ("generate.every=10", "profile.steps=[3]", "train.deterministic=true", "track.log_every=2")
-    own = ("train.hooks=[tests.end_to_end.hook.Phases]",)
+    own = ("train.hooks.own.kind=tests.end_to_end.hook.Phases",)
     result = runner.run("phases", "experiment=k2-in-small", "name=phases", *beside, *own)
     assert result.returncode == 0, result.stderr
     assert "YaRN x16" in result.stdout

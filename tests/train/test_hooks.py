@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from k2train.config import ConfigError
+from k2train.config import ConfigError, HookConfig
 from k2train.train.best import Best
 from k2train.train.hooks import Hook, hook_name, own_hooks
 from k2train.train.metrics import LARGEST, SUMS, Meter
@@ -15,7 +15,8 @@ from k2train.train.state import Progress
 
 
 class Mine(Hook):
-    pass
+    def __init__(self, limit=1):
+        self.limit = limit
 
 
 class NoHook:
@@ -24,24 +25,23 @@ class NoHook:
 
 def test_hooks_are_named_by_dotted_path():
     name = f"{__name__}.Mine"
-    (hook,) = own_hooks([name])
-    assert type(hook).__name__ == "Mine"
+    (hook,) = own_hooks({"mine": HookConfig(kind=name, options={"limit": 2})})
+    assert (type(hook).__name__, hook.limit) == ("Mine", 2)
     assert hook_name(hook) == name
 
 
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("nowhere.Mine", "train.hooks names nowhere.Mine, which cannot be imported"),
-        (f"{__name__}.Theirs", "which cannot be imported"),
-        ("Mine", "which cannot be imported"),
-        (f"{__name__}.NoHook", "which is no subclass of k2train.train.hooks.Hook"),
-        (f"{__name__}.Mine,{__name__}.Mine", "Mine twice: a checkpoint keeps one state of it"),
+        ("nowhere.Mine", "train.hooks.first.kind=nowhere.Mine: there is no module nowhere"),
+        (f"{__name__}.NoHook", "is no k2train.train.hooks.Hook"),
+        (f"{__name__}.Mine,{__name__}.Mine", "Mine twice: a checkpoint keeps one state of a class"),
     ],
 )
 def test_what_is_no_hook_is_refused(path, sentence):
+    names = zip(("first", "second"), path.split(","), strict=False)
     with pytest.raises(ConfigError, match=sentence):
-        own_hooks(path.split(","))
+        own_hooks({name: HookConfig(kind=kind) for name, kind in names})
 
 
 def test_the_best_checkpoint():

@@ -110,7 +110,7 @@ def _place(config: DataConfig, cache: Path) -> tuple[dict[str, SourceConfig], di
 def _key(config: DataConfig, sources: Mapping[str, SourceConfig], corpora: Mapping[str, Corpus]) -> str:
     """Names the result before any file is read."""
     settings = {key: value for key, value in asdict(config).items() if key in DECISIVE}
-    settings["sources"] = {name: asdict(source) | {"path": None} for name, source in sources.items()}
+    settings["sources"] = {name: _settings(source) for name, source in sources.items()}
     listings = {
         name: {"root": corpus.root, "files": [(file.origin, file.size, file.mtime_ns) for file in corpus.files]}
         for name, corpus in corpora.items()
@@ -119,6 +119,13 @@ def _key(config: DataConfig, sources: Mapping[str, SourceConfig], corpora: Mappi
     tokenizer = hashlib.sha256(path.read_bytes()).hexdigest() if path else None
     depends_on = {"version": VERSION, "config": settings, "tokenizer": tokenizer, "sources": listings}
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(source: SourceConfig) -> dict[str, Any]:
+    settings = asdict(source) | {"path": None}  # the listing has it
+    if not source.own:
+        del settings["options"]  # so that what was prepared before there were any is found
+    return settings
 
 
 def _make(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from k2train.config import DataConfig, SourceConfig
-from k2train.data.sources import files, hub, tables, tokenized
+from k2train.data.sources import files, hub, own, tables, tokenized
 from k2train.data.sources.groups import groups_of
 from k2train.data.sources.listing import Corpus, File, Skip, describe_skipped, list_corpus
 from k2train.data.sources.rows import Piece, Row, filtered
@@ -51,7 +51,7 @@ CUTTERS: dict[str, Callable[[File, str, int], Iterator[Piece]]] = {
 def located(config: DataConfig) -> dict[str, SourceConfig]:
     """The sources by name, sorted, each with its own path or that of the data set."""
     return {
-        name: source if source.kind == "stdlib" else replace(source, path=source.path or config.path)
+        name: source if source.finds_itself else replace(source, path=source.path or config.path)
         for name, source in sorted(config.sources.items())
     }
 
@@ -66,7 +66,10 @@ def find_corpus(source: SourceConfig, name: str, *, apart_from: Path) -> Corpus:
 
     Raises:
         DataError: there is nothing, or it cannot be listed.
+        ConfigError: it is a person's own, and cannot be found or constructed.
     """
+    if source.own:
+        return own.find(source, name)
     if source.kind == "datasets":
         return Corpus(f"datasets: {source.path}", hub.identity(source), (), Counter())
     return list_corpus(source, name, apart_from=apart_from)
@@ -76,6 +79,9 @@ def cut_pieces(source: SourceConfig, corpus: Corpus, *, size: int) -> Iterator[P
     """The source in parts of about ``size`` bytes, or of a file if that is less, in order."""
     if source.kind == "datasets":
         yield from hub.cut(source, size)
+        return
+    if source.own:
+        yield from own.cut(corpus, size)
         return
     groups = groups_of([file.origin for file in corpus.files])
     for file, group in zip(corpus.files, groups, strict=True):
@@ -89,4 +95,5 @@ def cut_pieces(source: SourceConfig, corpus: Corpus, *, size: int) -> Iterator[P
 
 def read_rows(source: SourceConfig, piece: Piece) -> Iterator[Row]:
     """The documents of a piece, and what is none."""
-    return filtered(source, READERS[source.kind](source, piece))
+    read = own.read if source.own else READERS[source.kind]
+    return filtered(source, read(source, piece))
