@@ -9,22 +9,13 @@ import torch
 
 from k2train.config import ConfigError, HookConfig
 from k2train.train.best import Best
-from k2train.train.hooks import Hook, hook_name, own_hooks
+from k2train.train.hooks import hook_name, own_hooks
 from k2train.train.metrics import LARGEST, SUMS, Meter
 from k2train.train.state import Progress
 
 
-class Mine(Hook):
-    def __init__(self, limit=1):
-        self.limit = limit
-
-
-class NoHook:
-    pass
-
-
 def test_hooks_are_named_by_dotted_path():
-    name = f"{__name__}.Mine"
+    name = "own_hooks.Mine"
     (hook,) = own_hooks({"mine": HookConfig(kind=name, options={"limit": 2})})
     assert (type(hook).__name__, hook.limit) == ("Mine", 2)
     assert hook_name(hook) == name
@@ -34,8 +25,8 @@ def test_hooks_are_named_by_dotted_path():
     ("path", "sentence"),
     [
         ("nowhere.Mine", "train.hooks.first.kind=nowhere.Mine: there is no module nowhere"),
-        (f"{__name__}.NoHook", "is no k2train.train.hooks.Hook"),
-        (f"{__name__}.Mine,{__name__}.Mine", "Mine twice: a checkpoint keeps one state of a class"),
+        ("own_hooks.NoHook", "is no k2train.train.hooks.Hook"),
+        ("own_hooks.Mine,own_hooks.Mine", "Mine twice: a checkpoint keeps one state of a class"),
     ],
 )
 def test_what_is_no_hook_is_refused(path, sentence):
