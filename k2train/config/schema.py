@@ -193,7 +193,7 @@ class TrainConfig:
     compile: bool = rule()  # torch.compile, see k2train.model.compile
     threads: int | None = rule(at_least=1)  # CPU threads a process; null: the cores of the node shared out
     deterministic: bool = rule()  # see k2train.train.deterministic
-    hooks: dict[str, HookConfig] = rule()  # by a name, under which checkpoints keep its state
+    hooks: dict[str, HookConfig] = rule()  # by any name
 
 
 @dataclass(frozen=True, kw_only=True)
