@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# These tell how a start is made, and nothing of what is run.
+OF_A_START = ("resume", "allow_changed")
 # These change where things go or how the work is cut up, never which numbers are learnt (but for rounding).
 HARMLESS = (
+    *OF_A_START,
     "name",
     "runs_dir",
-    "resume",
-    "allow_changed",
     "data.cache_dir",
     "data.workers",
     "train.micro_batch_size",
@@ -41,11 +42,11 @@ class Change:
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Settings that differ between two configs, from ``to_dict``, in the order of their keys."""
+    """Settings of the run that differ between two configs, from ``to_dict``, in the order of their keys."""
     old, new = dict(leaves(before)), dict(leaves(after))
     return [
         Change(key, f"{key} was {_text(old, key)} and is now {_text(new, key)}", is_harmless(key))
-        for key in sorted(old.keys() | new.keys())
+        for key in sorted((old.keys() | new.keys()) - {*OF_A_START})
         if old.get(key, _ABSENT) != new.get(key, _ABSENT)
     ]
 

@@ -13,6 +13,11 @@ def test_every_change_is_named_and_those_that_decide_the_numbers_are_told_apart(
     assert changed_settings(BEFORE, BEFORE) == []
 
 
+def test_how_a_start_is_made_is_no_setting_of_the_run():
+    start = {"resume": "runs/a", "allow_changed": ["optim.lr"]}
+    assert changed_settings({"resume": "auto", "allow_changed": []}, start) == []
+
+
 def test_prefixes_are_whole_keys():
     (change,) = changed_settings({"tracking": 1}, {"tracking": 2})
     assert not change.harmless

@@ -14,9 +14,11 @@ train, and losses with the rounding of the machine.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -63,9 +65,8 @@ def follow(page: str, folder: Path, environment: dict[str, str]) -> None:
         where = f"line {block.line}"
         assert block.language in LANGUAGES, f"{where}: a block must say what it is: {sorted(LANGUAGES)}"
         if block.language == "sh":
-            done = run(block.text, folder, environment)
-            said = done.stdout
-            assert (done.returncode != 0) == block.fails, f"{where}: exit status {done.returncode}\n{said}"
+            status, said = run(block.text, folder, environment)
+            assert (status != 0) == block.fails, f"{where}: exit status {status}\n{said}"
         elif block.language == "text":
             assert said is not None, f"{where}: no commands stand before this output"
             assert shows(block.text, said), f"{where}: the page shows\n{block.text}\nand what came is\n{said}"
@@ -76,11 +77,17 @@ def follow(page: str, folder: Path, environment: dict[str, str]) -> None:
             (folder / block.file).write_text(block.text, encoding="utf-8")
 
 
-def run(commands: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """By bash, with both outputs in one, as on a terminal."""
+def run(commands: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and both outputs in one, as on a terminal; nothing that bash has started outlives it."""
     shell = ["bash", "-e", "-o", "pipefail", "-c", commands]
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(shell, cwd=folder, env=environment, text=True, timeout=600, check=False, **both)
+    with subprocess.Popen(shell, cwd=folder, env=environment, text=True, start_new_session=True, **both) as process:
+        try:
+            said, _ = process.communicate(timeout=600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
 
 
 def environment(home: Path) -> dict[str, str]:
