@@ -83,7 +83,7 @@ def run(commands: str, folder: Path, environment: dict[str, str]) -> tuple[int, 
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(shell, cwd=folder, env=environment, text=True, start_new_session=True, **both) as process:
         try:
-            said, _ = process.communicate(timeout=600)
+            said, _ = process.communicate(timeout=1800)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -1,12 +1,13 @@
 """Every page of docs/how-to is followed to the letter, and says what comes of it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.how_to.page import ROOT, blocks, environment, follow, shows
 
-PAGES = [page for page in sorted((ROOT / "docs" / "how-to").glob("*.md")) if page.stem != "evaluate"]  # to come
+PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 QUICK = {"muonclip-in-own-loop"}  # some seconds
 CHECKOUT = ("LICENSE", "configs", "docs", "k2train", "launch", "optim", "tests")
 
@@ -26,10 +27,12 @@ def test_page(page, home, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_is_short_and_shows_what_comes(page):
+def test_a_page_is_short_shows_what_comes_and_links_to_what_is_there(page):
     text = page.read_text(encoding="utf-8")
     assert {"sh", "text"} <= {block.language for block in blocks(text)}
     assert len(text.splitlines()) <= 100
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 FILE = "Save this as `two.py`:\n\n```python\nprint(1 + 1)\n```\n\n"
