@@ -126,7 +126,11 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         OSError: as the system gave it; see ``explain_oserror``. The file is then as it was before.
     """
     content = data.encode() if isinstance(data, str) else data
-    descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # that was asked for
+        raise
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

@@ -20,6 +20,12 @@ def test_configs_are_found():
     assert (config_dir() / "train.yaml").is_file()
 
 
+def test_a_write_into_no_folder_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        atomic_write(tmp_path / "nowhere" / "plan.svg", "")
+    assert raised.value.filename == str(tmp_path / "nowhere" / "plan.svg")
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "file"
     atomic_write(path, "old")

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-ABSENT = ("pipeline", "tensor")  # ways of splitting a model that are left to others
+ABSENT = {"pipeline": "pp", "tensor": "tp"}  # ways of splitting a model that are left to others, and for short
 
 
 def key_types(cls: type) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def suggest_key(cls: type, key: str) -> str:
     """``did you mean optim.lr?``: the keys that a wrong one may stand for, wherever they are in the tree."""
     known = list(key_types(cls))
     last = key.rpartition(".")[2]
-    if any(word in last for word in ABSENT):
+    if any(word in last for word in ABSENT) or {*last.split("_")} & {*ABSENT.values()}:
         return (
             f"k2train has no {' and no '.join(ABSENT)} parallelism: a model is split by parallel.zero_stage and "
             "parallel.expert_parallel, which `k2train plan --search` chooses"

@@ -32,6 +32,8 @@ def test_nothing_is_suggested_for_nonsense():
     assert suggest_key(RunConfig, "qqqq").startswith("the keys begin with name, runs_dir")
 
 
-@pytest.mark.parametrize("key", ["parallel.pipeline_parallel", "parallel.tensor_parallel_size", "tensor_parallel"])
+@pytest.mark.parametrize(
+    "key", ["parallel.pipeline_parallel", "parallel.tensor_parallel_size", "parallel.tp", "pp_size"]
+)
 def test_what_k2train_leaves_to_others_is_said_so(key):
     assert "no pipeline and no tensor parallelism" in suggest_key(RunConfig, key)
