@@ -1,14 +1,23 @@
 """Which optimizers of a person's own are taken, which are refused and why."""
 
+import dataclasses
 import inspect
+from pathlib import Path
 
 import own_rules
 import pytest
+import torch
+import torch.multiprocessing as mp
 
 from k2train.cli.commands import TRAIN
 from k2train.cli.compose import compose
+from k2train.comm import close_world, open_world
 from k2train.config import ConfigError, OptimConfig, parse
+from k2train.paths import RunPaths
 from k2train.train.own_optimizer import find_optimizer
+from k2train.train.quiet import import_deepspeed
+from k2train.train.trainer import Trainer
+from tests.distributed.plain import Layout, config_of, prepared, write_text
 
 
 def config(name: str, **options) -> OptimConfig:
@@ -64,3 +73,33 @@ def test_others_are_refused_and_told_why(name, why):
 def test_options_are_held_against_the_constructor(name, options, why):
     with pytest.raises(ConfigError, match=why):
         find_optimizer(config(name, **options))
+
+
+def losses_and_weights(folder: Path, name: str, words: list[str]) -> tuple[list[float], list[torch.Tensor]]:
+    config = dataclasses.replace(config_of(folder, Layout(1)), name=name)
+    optim = parse(OptimConfig, compose(TRAIN, ["optim.lr=0.01", "optim.clip_grad_norm=0.5", *words])["optim"])
+    paths = RunPaths(folder / "runs" / name)
+    paths.checkpoints.mkdir(parents=True)
+    config = dataclasses.replace(config, optim=optim)
+    trainer = Trainer(config, prepared(folder), world=open_world("cpu"), paths=paths, say=lambda text: None)
+    losses = [trainer.record()["loss"] for _ in range(5) if trainer.step()]
+    return losses, [shard.flat.detach() for shard in trainer.state.held]
+
+
+def torchs_adamw_beside_ours(_: int, folder: Path) -> None:
+    import_deepspeed("cpu")
+    open_world("cpu")
+    write_text(folder)
+    own = ["optim=own", "optim.name=torch.optim.AdamW", "optim.options.betas=[0.9,0.95]"]
+    losses, weights = losses_and_weights(folder, "own", own)
+    expected, wanted = losses_and_weights(folder, "ours", ["optim=adamw"])
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert losses[-1] < losses[0] - 0.1
+    for found, right in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    close_world()
+
+
+@pytest.mark.full
+def test_torchs_adamw_trains_as_ours_does(tmp_path):
+    mp.spawn(torchs_adamw_beside_ours, args=(tmp_path,), nprocs=1)
