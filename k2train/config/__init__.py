@@ -11,6 +11,7 @@ from k2train.config.keys import find_key, key_types, suggest_key
 from k2train.config.monitor import InjectConfig, MonitorConfig
 from k2train.config.own import OwnPart, explain, own_part, own_place
 from k2train.config.parse import ConfigError, parse, to_dict
+from k2train.config.rules import is_own
 from k2train.config.schedule import PhaseConfig, RopeScalingConfig, ScheduleConfig
 from k2train.config.schema import (
     MUON_ROLES,
@@ -78,6 +79,7 @@ __all__ = [
     "explain",
     "find_key",
     "is_harmless",
+    "is_own",
     "key_types",
     "leaves",
     "own_part",

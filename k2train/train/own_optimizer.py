@@ -135,7 +135,7 @@ def laid_out(value: Any, flat: Tensor) -> bool:
 
 
 def find_optimizer(config: OptimConfig) -> OwnPart:
-    """The optimizer that ``optim.name`` names, which does under ZeRO what it does elsewhere.
+    """The optimizer that ``optim.name`` names, tried on the CPU: it does under ZeRO what it does elsewhere.
 
     Raises:
         ConfigError: there is none, its options are not its own, or it is not element-wise.

@@ -33,7 +33,7 @@ from k2train.checkpoint import (
     steps,
 )
 from k2train.comm import World, start_max, together
-from k2train.config import RESUME, RunConfig, changed_settings, refuse_changes, to_dict
+from k2train.config import RESUME, RunConfig, changed_settings, is_own, refuse_changes, to_dict
 from k2train.data import DataError
 from k2train.train.errors import RunError
 from k2train.train.own_optimizer import find_optimizer
@@ -215,6 +215,7 @@ class Saver:
         changes = changed_settings(saved["config"], to_dict(config))
         if refusal := refuse_changes(changes, allowed=config.allow_changed, what=str(checkpoint.folder)):
             raise RunError(refusal)
+        self._check_optimizer(checkpoint)
         self._check_data(checkpoint)
         same_world = saved["machine"]["processes"] == self.world.size
         self.state.load(checkpoint, same_world=same_world, seed=config.seed)
@@ -231,6 +232,14 @@ class Saver:
         self._check_tokenizer(checkpoint)
         self.state.load_weights(checkpoint)
         self.say(f"beginning with the weights of step {checkpoint.manifest.step} of {checkpoint.folder}")
+
+    def _check_optimizer(self, checkpoint: Checkpoint) -> None:
+        then, now = checkpoint.manifest.state["config"]["optim"]["name"], self.config.optim.name
+        if then != now and (is_own(then) or is_own(now)):
+            raise RunError(
+                f"{checkpoint.folder} holds what optim.name={then} remembers, which {now} cannot go on with: begin a "
+                f"new run with its weights, as in name=second init_from={checkpoint.folder}"
+            )
 
     def _check_data(self, checkpoint: Checkpoint) -> None:
         self._check_tokenizer(checkpoint)

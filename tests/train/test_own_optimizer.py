@@ -14,6 +14,7 @@ from k2train.cli.compose import compose
 from k2train.comm import close_world, open_world
 from k2train.config import ConfigError, OptimConfig, parse
 from k2train.paths import RunPaths
+from k2train.train.errors import RunError
 from k2train.train.own_optimizer import find_optimizer
 from k2train.train.quiet import import_deepspeed
 from k2train.train.trainer import Trainer
@@ -79,10 +80,12 @@ def losses_and_weights(folder: Path, name: str, words: list[str]) -> tuple[list[
     config = dataclasses.replace(config_of(folder, Layout(1)), name=name)
     optim = parse(OptimConfig, compose(TRAIN, ["optim.lr=0.01", "optim.clip_grad_norm=0.5", *words])["optim"])
     paths = RunPaths(folder / "runs" / name)
-    paths.checkpoints.mkdir(parents=True)
-    config = dataclasses.replace(config, optim=optim)
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.replace(config, optim=optim, allow_changed=("optim",))
     trainer = Trainer(config, prepared(folder), world=open_world("cpu"), paths=paths, say=lambda text: None)
     losses = [trainer.record()["loss"] for _ in range(5) if trainer.step()]
+    trainer.save()
+    trainer.saver.wait()
     return losses, [shard.flat.detach() for shard in trainer.state.held]
 
 
@@ -97,6 +100,8 @@ def torchs_adamw_beside_ours(_: int, folder: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
     for found, right in zip(weights, wanted, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RunError, match=r"remembers, which torch.optim.AdamW cannot go on with: begin a new run"):
+        losses_and_weights(folder, "ours", own)
     close_world()
 
 
