@@ -141,6 +141,7 @@ def evaluate(
         "data": str(text.dataset.folder),
         "split": config.split,
         "sequence_length": text.length,
+        "read_of_each": config.tokens,
         **_numbers(loss.total, tokens=sum(each.tokens for each in sets.values() if each.own)),
         "sets": {name: _numbers(each, tokens=sets[name].tokens) for name, each in loss.sets.items()},
     }
@@ -174,7 +175,8 @@ def _finite(value: float) -> float | None:
 def show(found: Mapping[str, Any]) -> None:
     """Prints it for people."""
     data, length = Path(found["data"]).name, found["sequence_length"]
-    print(f"{found['model']} on {data}, {found['split']}, in windows of {length} tokens\n")
+    part = f", {found['read_of_each']:,} tokens of each text" if found["read_of_each"] else ""
+    print(f"{found['model']} on {data}, {found['split']}, in windows of {length} tokens{part}\n")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("text", overflow="fold")
     for column in ("tokens", "nats a token", "bits per byte"):

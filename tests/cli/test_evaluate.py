@@ -54,6 +54,8 @@ def test_a_run_and_its_export_score_the_same(home, capsys):
     few = found(capsys, home / "run", *given, "tokens=100", "questions=0")
     assert few["loss"] != run["loss"]
     assert few["loss"] == pytest.approx(run["loss"], rel=0.1)
+    assert evaluate(home / "run", *given, "tokens=100", "questions=0") == 0
+    assert "in windows of 128 tokens, 100 tokens of each text\n" in capsys.readouterr().out
 
 
 def test_what_a_person_sees(home, capsys):
@@ -62,6 +64,7 @@ def test_what_a_person_sees(home, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "held_out, in windows of 128 tokens" in out
+    assert "tokens of each text" not in out
     assert "bits per byte" in out
     assert "questions; chance 0.25" in out
     assert "of the lines of 1 texts" in out
