@@ -61,8 +61,8 @@ def test_train_help_lists_groups_and_ten_overrides(capsys):
     text = capsys.readouterr().out
     for option in (
         "moonlight-16b",
-        "folder, hub, jsonl, mixture, prepared, stdlib",
-        "adamw, muon, muonclip",
+        "folder, hub, jsonl, mixture, own, prepared, stdlib",
+        "adamw, muon, muonclip, own",
         "constant, cosine, k2, linear, wsd",
         "tiny",
     ):
