@@ -140,4 +140,4 @@ def _ends(values: Sequence[float]) -> str:
 
 def _short(value: float) -> str:
     """Four digits of a loss; of what goes over orders of magnitude three."""
-    return count(value) if value >= 1000 else f"{value:.4g}" if 1 <= value < 10 else f"{value:.3g}"
+    return count(value) if 1e3 <= value < 1e15 else f"{value:.4g}" if 1 <= value < 10 else f"{value:.3g}"
