@@ -114,7 +114,8 @@ def _find(key: str, path: str) -> Any:
     if not hasattr(found, name):
         classes = [name for name, value in vars(found).items() if isinstance(value, type)]
         known = nearest(name, classes) if classes else "it has no class"
-        raise ConfigError([f"{key}={path}: {module} ({found.__file__}) has no {name}: {known}"])
+        file = getattr(found, "__file__", None) or "no file"
+        raise ConfigError([f"{key}={path}: {module} ({file}) has no {name}: {known}"])
     return getattr(found, name)
 
 

@@ -235,7 +235,7 @@ class Saver:
 
     def _check_optimizer(self, checkpoint: Checkpoint) -> None:
         then, now = checkpoint.manifest.state["config"]["optim"]["name"], self.config.optim.name
-        if then != now and (is_own(then) or is_own(now)):
+        if is_own(then) != is_own(now):
             raise RunError(
                 f"{checkpoint.folder} holds what optim.name={then} remembers, which {now} cannot go on with: begin a "
                 f"new run with its weights, as in name=second init_from={checkpoint.folder}"

@@ -69,6 +69,8 @@ def test_others_are_refused_and_told_why(name, why):
         ("own_rules.Counting", {"lr": 1}, "optim.options.lr: lr is a key beside options"),
         ("own_rules.torch", {}, "is no torch.optim.optimizer.Optimizer"),
         ("torch.optim.LBFGS", {}, "takes no weight_decay"),
+        ("own_rules.Countng", {}, "own_rules.py. has no Countng: did you mean 'Counting'"),
+        ("sys.Rule", {}, "sys .no file. has no Rule"),
     ],
 )
 def test_options_are_held_against_the_constructor(name, options, why):
