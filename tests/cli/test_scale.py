@@ -1,6 +1,7 @@
 """``k2train scale`` on folders of sweeps, whose runs are written here."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -76,6 +77,18 @@ def test_runs_are_read_from_a_sweep(mini, sweep):
     size = total(parameters(replace(mini.model, **shape(144), vocab_size=VOCABULARY)))
     assert run.size.total == size - 2 * VOCABULARY * 144
     assert run.size.active < run.size.total
+
+
+def test_settings_that_differ_at_one_size_are_no_seeds(sweep, tmp_path):
+    for name, spread in (("a", 0.02), ("b", 0.01)):
+        shutil.copytree(sweep / "096-400-0.01", tmp_path / name)
+        trial = json.loads((tmp_path / name / "trial.json").read_text())
+        trial["settings"]["model.initializer_range"] = spread
+        (tmp_path / name / "trial.json").write_text(json.dumps(trial))
+    assert {run.others for run in read_runs([sweep])[0]} == {""}
+    assert [run.others for run in read_runs([tmp_path])[0]] == [
+        f"model.initializer_range={spread}" for spread in (0.02, 0.01)
+    ]
 
 
 def test_a_target_is_foretold_and_files_are_written(mini, sweep, tmp_path, capsys):

@@ -107,6 +107,30 @@ def test_the_best_rates_and_their_law_are_found(studied):
     assert low < true_rate({"N": 1e7}) < high < 1.5 * middle
 
 
+def test_the_best_batch_is_found_beside_the_rate():
+    def best(tokens):
+        return 30 * tokens**0.33
+
+    runs = [
+        dataclasses.replace(run, batch=batch, loss=run.loss * math.exp(0.01 * math.log(batch / best(run.tokens)) ** 2))
+        for run in made(SIZES[:3], TOKENS[:3], seeds=(1,))
+        for batch in (512, 1024, 2048, 4096, 8192, 16384)
+    ]
+    laws = study(runs).laws
+    assert [cell.batch.value for cell in laws.cells] == pytest.approx([best(cell.tokens) for cell in laws.cells])
+    assert [cell.lr.value for cell in laws.cells] == pytest.approx([true_rate(cell.point) for cell in laws.cells])
+    assert laws.batch.exponents["D"][0] == pytest.approx(0.33)
+    assert laws.batch.factor == pytest.approx(30)
+
+
+def test_other_settings_are_chosen_too():
+    runs = made(SIZES[:1], TOKENS[:1], others="optim.weight_decay=0.1")
+    worse = [dataclasses.replace(run, loss=1.01 * run.loss, others="optim.weight_decay=0") for run in runs]
+    (cell,) = cells([*worse, *runs])
+    assert (cell.others, cell.seeds, cell.runs) == ("optim.weight_decay=0.1", 2, 24)
+    assert cell_rows([cell])[1][-1] == "optim.weight_decay=0.1"
+
+
 def test_a_best_at_the_edge_is_told_and_makes_no_law():
     runs = made(sizes=SIZES[:4], rates=RATES[:4])
     found = cells(runs)

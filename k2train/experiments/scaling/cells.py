@@ -1,11 +1,8 @@
-"""The runs of each size and number of tokens, what their best settings are, and how these change.
+"""The runs of each size and number of tokens, and what their best settings are.
 
 A cell's loss is the least mean over seeds that any of its settings has. Its best learning rate is read off finer: the
 lowest point of the parabola, in log lr, through the least loss and its two neighbours; that of its best batch likewise.
 A value at the edge of what was tried is none of these: the best lies beyond it, nobody knows how far.
-
-Over cells they are fitted by powers, lr = c N^p D^q. DeepSeek LLM (arXiv 2401.02954, section 3.1) has them over the
-operations for AdamW: 0.3118 C^-0.125, and batches of 0.2920 C^0.3271 tokens.
 """
 
 from __future__ import annotations
@@ -80,9 +77,7 @@ def point(size: Size, tokens: int) -> dict[str, float]:
 def cells(runs: Sequence[ScalingRun]) -> list[Cell]:
     """All cells, by size and tokens."""
     scatter = seed_scatter(runs)
-    found: dict[tuple[int, int, int], list[ScalingRun]] = {}
-    for run in runs:
-        found.setdefault((run.size.active, run.size.total, run.tokens), []).append(run)
+    found = _by(runs, lambda run: (run.size.active, run.size.total, run.tokens))
     return [_cell(found[key], scatter) for key in sorted(found)]
 
 

@@ -24,7 +24,7 @@ from k2train.report.records import read_config
 # Settings of the text: losses on other text are other things, and so are those in other contexts.
 TEXT = ("data.", "train.sequence_length", "train.document_mask", "schedule.phases")
 # What is told of a run in columns of its own.
-TOLD = ("model.", *TEXT, "schedule.steps", "schedule.tokens", "optim.lr", "train.global_batch_size", "seed")
+TOLD = (*TEXT, "schedule.steps", "schedule.tokens", "optim.lr", "train.global_batch_size", "seed")
 
 
 class ScalingError(ValueError):
@@ -58,7 +58,8 @@ class ScalingRun:
         lr: the peak.
         batch: tokens a step.
         seed: of weights and order.
-        others: settings that differ between the runs and are none of these, as ``key=value``.
+        others: settings that differ between runs of one size and number of tokens and are none of these, as
+            ``key=value``.
         text: a hash of the settings of its text; only runs with the same are compared.
         loss: nats a token on all held-out text, at the end.
     """
@@ -100,9 +101,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[ScalingRun], int]:
     """
     rows = [row for path in paths if path.suffix != ".csv" for row in read_rows(path)]
     finished = [row for row in rows if row.results and _finite(row.results.get("validation_loss"))]
-    differing = _differing([row.settings for row in finished])
     found = [run for path in paths if path.suffix == ".csv" for run in _read_csv(path)]
-    found += [_run(row, differing) for row in finished]
+    found += _with_others([_run(row) for row in finished], [row.settings for row in finished])
     if not found:
         raise ScalingError(
             f"{', '.join(map(str, paths))}: no finished run of a sweep ({len(rows)} that are not finished); "
@@ -155,7 +155,7 @@ def _read_csv(path: Path) -> list[ScalingRun]:
         ) from error
 
 
-def _run(row: Row, differing: Sequence[str]) -> ScalingRun:
+def _run(row: Row) -> ScalingRun:
     assert row.results is not None, "the run is finished"
     settings, length = row.settings, int(row.settings["train.sequence_length"])
     mapping = read_config(row.folder)["model"]
@@ -172,18 +172,31 @@ def _run(row: Row, differing: Sequence[str]) -> ScalingRun:
         lr=float(settings["optim.lr"]),
         batch=int(settings["train.global_batch_size"]) * length,
         seed=int(settings["seed"]),
-        others=" ".join(f"{key}={settings.get(key)}" for key in differing if not _follows(settings, key)),
+        others="",
         text=_hash(settings),
         loss=float(row.results["validation_loss"]),
     )
 
 
+def _with_others(runs: Sequence[ScalingRun], every: Sequence[Settings]) -> list[ScalingRun]:
+    """The runs with ``others``, read off their settings."""
+    groups: dict[Any, list[Settings]] = {}
+    for run, settings in zip(runs, every, strict=True):
+        groups.setdefault((run.size, run.tokens), []).append(settings)
+    differing = sorted({key for group in groups.values() for key in _differing(group)})
+    return [
+        dataclasses.replace(
+            run, others=" ".join(f"{key}={settings.get(key)}" for key in differing if not _follows(settings, key))
+        )
+        for run, settings in zip(runs, every, strict=True)
+    ]
+
+
 def _differing(every: Sequence[Settings]) -> list[str]:
     """Keys of settings that decide what is learnt, that runs differ in, and that have no column of their own."""
-    keys = sorted({key for settings in every for key in settings})
     return [
         key
-        for key in keys
+        for key in {key for settings in every for key in settings}
         if not is_harmless(key)
         and not key.startswith(TOLD)
         and any(settings.get(key) != every[0].get(key) for settings in every)
