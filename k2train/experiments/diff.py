@@ -19,6 +19,7 @@ from k2train.checkpoint import Checkpoint
 
 Record = Mapping[str, Any]
 
+# The tensors of a checkpoint that belong to one process.
 _OF_A_PROCESS = re.compile(r"rank-\d+/")
 # What tells of the machine, and not of what is learnt.
 MACHINE = {"elapsed", "tokens_per_second", "utilisation", "memory", "seconds", "max_logit_fallbacks"}

@@ -4,7 +4,7 @@
     ```sh fails must end with a status other than 0
     ```text     is what the block of commands before it printed
     ```python   (yaml, json) is a file, named at the end of the line above: "Save this as `loop.py`:"
-    ```console  is for machines that are not here, a cluster as a rule; it is not run
+    ```console  is not run: it needs a cluster, or hours
 
 In a text block `...` stands for anything: alone for any lines, in a line for any part of it. White space does not
 count. Of numbers, times and speeds may be any, as they are the machine's, and intervals after ± too. Whole numbers must

@@ -29,7 +29,9 @@ def test_page(page, home, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_is_short_and_shows_what_comes_and_links_lead_from_it_and_to_it(page):
     text = page.read_text(encoding="utf-8")
-    assert {"sh", "text"} <= {block.language for block in blocks(text)}
+    found = blocks(text)
+    assert {"sh", "text"} <= {block.language for block in found}
+    assert text.count("```") == 2 * len(found)  # none is overlooked
     assert len(text.splitlines()) <= 100
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
