@@ -21,17 +21,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from k2train.comm import World, close_world
 from k2train.config import RunConfig
-from k2train.model import ExpertParallel, Transformer, build_model
+from k2train.model import ExpertParallel, Transformer
 from k2train.train import zero
+from k2train.train.assemble import build_shapes
 from k2train.train.engine import (
-    PRECISIONS,
     build_clip,
     build_engine,
     build_optimizer,
     deepspeed_config,
     start_deepspeed,
 )
-from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
+from k2train.train.experts import expert_groups, group_name
 from k2train.train.sequence import sequence_group
 
 
@@ -78,16 +78,7 @@ def build_slice(config: RunConfig, *, world: World, precision: str) -> Slice:
     start_deepspeed(world)
     experts = expert_groups(world, size=config.parallel.expert_parallel)
     sequence_group(world, size=config.parallel.sequence_parallel)
-    model = build_model(
-        config.model,
-        seed=config.seed,
-        dtype=PRECISIONS[precision],
-        device="meta",
-        expert_parallel=experts if experts.size > 1 else None,
-        moe_class=DeepSpeedMoE,
-    )
-    mark_experts(model, experts)
-    model.checkpoint_activations(config.train.activation_checkpointing)
+    model = build_shapes(config, experts, precision=precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_fake_storage(model)
         clip = build_clip(config.optim, model)

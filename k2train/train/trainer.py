@@ -18,24 +18,14 @@ from k2train.comm import World
 from k2train.config import RunConfig
 from k2train.data import Dataset, TrainStream, build_stream, open_dataset
 from k2train.data.phases import Skips
-from k2train.model import build_model, materialise
 from k2train.monitor import Decision, Drift, Monitor
 from k2train.paths import RunPaths, atomic_write
-from k2train.train import zero
+from k2train.train.assemble import assemble
 from k2train.train.best import Best
-from k2train.train.compile import Compiled
 from k2train.train.deterministic import make_deterministic
-from k2train.train.engine import (
-    PRECISIONS,
-    build_clip,
-    build_engine,
-    build_optimizer,
-    choose_precision,
-    start_deepspeed,
-)
+from k2train.train.engine import choose_precision
 from k2train.train.errors import RunError, TooManyRewinds
 from k2train.train.evidence import evidence
-from k2train.train.experts import DeepSpeedMoE, expert_groups, group_name, mark_experts
 from k2train.train.feed import Feed
 from k2train.train.hooks import Hook, hook_name
 from k2train.train.incidents import incident
@@ -45,7 +35,6 @@ from k2train.train.metrics import Meter
 from k2train.train.phases import Step, build_plan
 from k2train.train.rewind import Rewind, Rewinds
 from k2train.train.saving import Saver, describe_machine
-from k2train.train.sequence import sequence_group
 from k2train.train.state import Experts, Progress, RunState
 from k2train.train.step import Stepper
 from k2train.train.stopwatch import Stopwatch
@@ -95,39 +84,11 @@ class Trainer:
         self._held_out = held_out_sets(
             self.dataset, prepared_apart(config), sequence_length=config.train.sequence_length
         )
-        model_config = dataclasses.replace(config.model, vocab_size=vocabulary_size(config, self.dataset))
-        start_deepspeed(world)
-        parallel = expert_groups(world, size=config.parallel.expert_parallel)
-        self._sequence_parallel = sequence_group(world, size=config.parallel.sequence_parallel)
-
-        # Shapes first: the optimizer needs no more, and at stage 3 no process ever holds all weights.
-        self.model = build_model(
-            model_config,
-            seed=config.seed,
-            dtype=PRECISIONS[self.precision],
-            device="meta",
-            expert_parallel=parallel if parallel.size > 1 else None,
-            moe_class=DeepSpeedMoE,
-        )
-        mark_experts(self.model, parallel)
-        self.model.checkpoint_activations(config.train.activation_checkpointing)
-        self.compiled = Compiled(self.model, device=world.device) if config.train.compile else None
-        self.clip = build_clip(config.optim, self.model)
-        self.optimizer = build_optimizer(
-            config.optim, self.model, self.clip, expert_group=group_name(parallel.size), device=world.device
-        )
-        materialise(
-            self.model,
-            device=world.device,
-            seed=config.seed,
-            config=model_config,
-            first_expert=parallel.first_expert(model_config.n_routed_experts),
-            placed=zero.partitioner(world.device) if config.parallel.zero_stage == 3 else None,
-        )
-        self.engine = build_engine(config, self.model, self.optimizer, world=world, precision=self.precision)
-        shards = zero.shards(self.engine.optimizer, {p: n for n, p in self.model.named_parameters()})
-        zero.hand_over(self.engine.optimizer, self.optimizer, shards)
-        zero.check_weights(shards)
+        vocab_size = vocabulary_size(config, self.dataset)
+        sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+        made = assemble(sized, world=world, precision=self.precision)
+        self.model, self.compiled, self.clip = made.model, made.compiled, made.clip
+        self.optimizer, self.engine, self._sequence_parallel = made.optimizer, made.engine, made.sequence_parallel
 
         if world.main:  # with the run, so that its checkpoints can be used where the data set is not
             definition = self.dataset.folder / self.dataset.manifest["tokenizer"]["file"]
@@ -148,12 +109,12 @@ class Trainer:
             self.engine,
             self.optimizer,
             self.clip,
-            shards,
-            Experts(parallel.rank, parallel.size),
+            made.shards,
+            Experts(made.experts.rank, made.experts.size),
             world,
             self.stream,
             self.plan,
-            vocab_size=vocabulary_size(config, self.dataset),
+            vocab_size=vocab_size,
             progress=progress,
             hooks={
                 "meter": self.meter,
