@@ -203,6 +203,8 @@ def test_stability(tmp_path):
         folder = tmp_path / f"{name}{lr}{tau}{steps}"
         settings = {"optim.name": name, "optim.lr": lr, "optim.tau": tau, "seed": 1}
         records = [step(1), *(incident(at, "a spike") for at in spikes)]
+        if spikes:
+            records.append({"step": 11, "tokens": 1, "incident": {"action": "warned", "sentence": "experts starve"}})
         return trial(folder, settings, records, validation_loss=loss, steps=steps, max_logit=50.0)
 
     losses = dict(zip(stability.RATES, (2.0, 2.1, 2.4, 3.0), strict=True))
@@ -212,6 +214,7 @@ def test_stability(tmp_path):
     trials.append(made("muonclip", 0.01, 100.0, 1.8, steps=1000, spikes=(7, 9)))
     numbers = stability.analyse(trials).numbers
     assert numbers[stability.SPIKES] == {1: 2}
+    assert numbers[stability.WARNINGS] == {1: 1}
     assert numbers["adamw: largest learning rate within 0.5 nats of its best loss"] == {1: 0.1}
     assert numbers["tau 10 at 0.1: held-out loss"] == {1: 2.2}
 

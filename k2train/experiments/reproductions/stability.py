@@ -12,7 +12,8 @@ RATES = (0.01, 0.03, 0.1, 0.3)
 TAUS = (10.0, 30.0)  # beside K2's 100, at RATES[2]
 LOST = 0.5  # nats a token above the best loss of the optimizer from which on a learning rate counts as unstable
 
-SPIKES = "steps that the monitor told of, in long runs of MuonClip at a sane learning rate"
+SPIKES = "steps out of the ordinary, in long runs of MuonClip at a sane learning rate"
+WARNINGS = "warnings of starving experts and growing logits in these"
 
 
 def runs(quick: bool) -> list[list[str]]:
@@ -32,7 +33,7 @@ def analyse(trials: Sequence[Trial]) -> Findings:
     longest = max(trial.result["steps"] for trial in trials)
     long = [trial for trial in trials if trial.result["steps"] == longest]
     short = [trial for trial in trials if trial.result["steps"] < longest]
-    numbers = {SPIKES: by_seed(long, lambda trial: float(len(trial.run.incidents)))}
+    numbers = {SPIKES: by_seed(long, _spikes), WARNINGS: by_seed(long, lambda t: len(t.run.incidents) - _spikes(t))}
     for name in OPTIMIZERS:
         own = [trial for trial in where(short, optim__name=name) if trial.settings["optim.tau"] in (None, 100.0)]
         losses = {lr: by_seed(where(own, optim__lr=lr), lambda trial: trial.loss) for lr in RATES}
@@ -47,6 +48,11 @@ def analyse(trials: Sequence[Trial]) -> Findings:
         numbers[f"tau {tau:g} at {RATES[2]}: largest logit"] = by_seed(own, lambda trial: trial.result["max_logit"])
     chart = line_chart("training loss of the long runs", "every step", curves({"MuonClip": long}, "loss"))
     return Findings(numbers=numbers, charts=[chart])
+
+
+def _spikes(trial: Trial) -> float:
+    """Steps whose loss or gradient norm the monitor found out of the ordinary."""
+    return float(sum("findings" in incident["incident"]["incident"] for incident in trial.run.incidents.values()))
 
 
 STABILITY = Reproduction(
