@@ -1,6 +1,6 @@
 """Bytes per CPU-second of `k2train prepare`, beside the bare loop that encodes and beside `datasets.map`.
 
-    python benchmarks/prepare.py [--megabytes 40] [--rounds 3] [--vocabulary 32768]
+    python benchmarks/prepare.py [--megabytes 120] [--rounds 3] [--vocabulary 32768]
 
 The text is the source code of this Python's packages, as JSON lines, a document each file. All contestants use the same
 tokenizer.json and run in processes of their own, interleaved:
@@ -122,7 +122,7 @@ def compete(arguments: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--megabytes", type=float, default=120)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from k2train.config import MUON_ROLES, ModelConfig
+from k2train.config import ModelConfig
 from k2train.plan.exchange import Exchange
 from k2train.plan.layout import LIVE_PARAMETERS, REDUCE_BUCKET, Flat, Layout, Step
 
@@ -236,7 +236,8 @@ def _update(layout: Layout, exchange: Exchange) -> dict[str, float]:
     at_once = sum(shards) if layout.whole_gradients else max(shards)
     # The others flatten a group's gradients once more for the optimizer.
     copies = 1 if layout.whole_gradients else 2
-    matrices = [p.shape[-2] * p.shape[-1] for p in layout.local if p.role in MUON_ROLES]
+    muon = layout.config.optim.muon_roles
+    matrices = [p.shape[-2] * p.shape[-1] for p in layout.local if p.role in muon]
     return {
         "updates": FP32 * copies * at_once,
         "Muon exchange and matrices": exchange.buffers + 3 * FP32 * max(matrices, default=0),

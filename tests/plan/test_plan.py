@@ -123,6 +123,12 @@ def test_what_each_stage_shares_out():
     assert state[1]["weights"] == state[2]["weights"]
 
 
+def test_newton_schulz_has_matrices_where_muon_has():
+    matrices = {name: bounded(f"optim={name}").phases[0].memory.update for name in ("muonclip", "adamw")}
+    assert matrices["muonclip"]["Muon exchange and matrices"] > 0
+    assert matrices["adamw"]["Muon exchange and matrices"] == 0
+
+
 def test_experts_are_shared_out():
     few, many = (bounded(f"parallel.expert_parallel={ep}") for ep in (64, 128))
     sizes = [sum(p.elements for p in found.layout.local if p.role == "expert") for found in (few, many)]
