@@ -162,6 +162,24 @@ def test_a_bounded_cache_keeps_what_is_needed_now_and_next(server, local, tmp_pa
     assert max(server.asked.values()) > 1  # some were dropped and came again
 
 
+def test_what_another_reader_fetches_counts_as_held(server, tmp_path):
+    path = fetch_dataset(server.url, cache=tmp_path / "cache", limit=1)
+    shards = open_dataset(path).stream("train", "one").shards
+    a, b, theirs = (path.parent / shard.record.file for shard in shards[:3])
+    path = fetch_dataset(server.url, cache=tmp_path / "cache", limit=2 * max(shard.record.size for shard in shards))
+    cache = CachedFolder(path.parent)
+    cache.shard(shards[0].record, shards[0].digests)
+    partial = theirs.with_name(f"{theirs.name}.partial")
+    with held_alone(theirs.with_name(f"{theirs.name}.lock"), patience=0, busy=""):
+        partial.touch()
+        os.truncate(partial, shards[2].record.size)
+        cache.shard(shards[1].record, shards[1].digests)
+        assert (a.exists(), b.exists(), partial.exists()) == (False, True, True)
+    os.utime(partial, (0, 0))
+    cache.shard(shards[0].record, shards[0].digests)  # nobody goes on with theirs
+    assert (a.exists(), b.exists(), partial.exists()) == (True, True, False)
+
+
 def test_a_bound_too_low_for_what_is_needed_says_how_much_that_is(server, tmp_path):
     path = fetch_dataset(server.url, cache=tmp_path / "cache", limit=1000)
     with pytest.raises(DataError, match=r"may hold 1000 bytes, and .* have \d+: raise data.cache_bytes, or lower"):
